@@ -1,0 +1,11 @@
+"""One file = one paper. Reading them from top to bottom is reading the book's table of selections."""
+
+from sae_lib.saes.batchtopk import BatchTopKSAE
+from sae_lib.saes.gated import GatedSAE
+from sae_lib.saes.jumprelu import JumpReLUSAE
+from sae_lib.saes.matryoshka import MatryoshkaSAE
+from sae_lib.saes.relu import ReLUSAE
+from sae_lib.saes.topk import TopKSAE
+
+VARIANTS = {variant.name: variant for variant in (ReLUSAE, GatedSAE, TopKSAE, JumpReLUSAE, BatchTopKSAE, MatryoshkaSAE)}
+"""One-word name -> class."""

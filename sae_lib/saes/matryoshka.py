@@ -1,0 +1,106 @@
+"""Matryoshka BatchTopK: nested dictionaries, so that the first latents must explain the data without the later ones.
+
+Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning multi-level features with Matryoshka sparse autoencoders", arXiv 2503.17547.
+
+    z       = BatchTopK over the whole width
+    x_hat_g = z[:, :N_g] W_dec[:N_g] + b_dec              N_g: latents in the first g groups
+    L       = mean over g of |x - x_hat_g|^2 + aux_coeff * AuxK
+
+A general latent in an early group cannot leave its work to a special one in a later group: that is what should lower absorption.
+
+Differences from the paper: the mean over the groups has weights that add up to 1; the authors' code adds the bias alone as a group,
+dictionary_learning divides by the number of groups twice (which makes AuxK weigh that much more), SAELens sums. Groups are fixed,
+not drawn anew each batch. How known: from those three codes; of the paper only the abstract was available.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lib.data import Batch
+from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
+from sae_lib.saes.batchtopk import update_threshold
+from sae_lib.sparse import Code, above, top_of_batch
+
+
+class MatryoshkaSAE(SAE):
+    """BatchTopK whose prefixes reconstruct too. Chapter `matryoshka`.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: living latents a token on average, in [1, d_sae].
+        group_sizes: latents in each group, in order; they add up to `d_sae`. By default 1/32, 1/16, 1/8, 1/4 and the rest.
+        aux_coeff: weight of AuxK, at least 0.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the groups do not add up to `d_sae`.
+    """
+
+    name = "matryoshka"
+    in_units_of_x = ("b_enc", "b_dec", "threshold")
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        group_sizes: Sequence[int] | None = None,
+        aux_coeff: float = 1 / 32,
+        seed: int = 0,
+    ):
+        super().__init__(d_in, d_sae, seed)
+        self.k = whole("k", k, most=d_sae, most_name="d_sae")
+        self.group_sizes = default_groups(d_sae) if group_sizes is None else tuple(whole("a group size", g) for g in group_sizes)
+        if sum(self.group_sizes) != d_sae:
+            raise ValueError(f"group_sizes must add up to d_sae={d_sae}, got {self.group_sizes} with sum {sum(self.group_sizes)}")
+        self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
+        directions = unit_dictionary(d_in, d_sae, self.generator)
+        self.W_enc = nn.Parameter(column_major(directions.T))  # (d_in, d_sae)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(directions.clone())  # (d_sae, d_in)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("threshold_weight", torch.tensor(0.0))
+
+    @torch.no_grad()
+    def start(self, batch: Batch, tokens: int) -> None:
+        super().start(batch, tokens)
+        self.b_dec.copy_(geometric_median(batch.x))
+
+    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
+        return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)
+
+    def loss(self, batch: Batch) -> Loss:
+        scores = self.scores(batch.x)
+        code = self.select(scores, batch)
+        x_hat, errors = self.b_dec, []
+        for start, stop in pairwise(accumulate(self.group_sizes, initial=0)):
+            x_hat = x_hat + code.latents(start, stop).decode(self.W_dec)
+            errors.append(squared_error(batch.x, x_hat))
+        return Loss(
+            {
+                "reconstruction": torch.stack(errors).mean(),
+                "aux": self.aux_coeff * auxk(self, scores, batch.x - x_hat),
+            },
+            code,
+            x_hat,
+        )
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, code: Code) -> None:
+        super().after_step(batch, code)
+        if len(code.values):
+            update_threshold(self, code.values.min())
+
+
+def default_groups(d_sae: int) -> tuple[int, ...]:
+    """1/32, 1/16, 1/8 and 1/4 of the width, rounded down and without empty groups; the last group takes the rest."""
+    sizes = [size for size in (d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4) if size]
+    return (*sizes, d_sae - sum(sizes))

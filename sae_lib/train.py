@@ -1,0 +1,235 @@
+"""One loop: any number of sparse autoencoders on one stream.
+
+    for each batch of the stream, divided by one global scale:
+        for each SAE:  before_step, loss, backward, after_backward, clip, Adam, after_step
+
+Each SAE has its own optimiser, so that training it beside others gives the same bits as training it alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lib.data import Batch
+from sae_lib.sae import SAE, Loss, whole
+
+SCALE_BATCHES = 4
+"""Batches on which the global scale is estimated; they are trained on too."""
+WARM_UP_STEPS, WARM_UP, DECAY = 1000, 0.05, 0.2
+"""The learning rate rises over 5% of the steps, at most 1,000, and falls to zero over the last 20%."""
+REPORT_EVERY = 20
+"""Steps between two transfers of the measurements to the history (each waits for the device)."""
+
+
+@dataclass
+class Run:
+    """What `train` returns.
+
+    Attributes:
+        saes: the trained SAEs, in the order given.
+        history: a row a step and SAE: step, tokens, sae (its place in `saes`), variant, loss, its terms, l0, fvu (of the batch),
+            dead (share of latents), learning_rate, tokens_per_second.
+        tokens: tokens trained on; fewer than asked if the stream ended.
+        scale: root mean squared norm of the activations, by which they were divided.
+        seconds: wall time.
+    """
+
+    saes: list[SAE]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    scale: float = 1.0
+    seconds: float = 0.0
+
+
+def train(
+    saes: SAE | Sequence[SAE],
+    stream: Iterable[Batch | Tensor],
+    tokens: int = 1_000_000,
+    seed: int | None = None,
+    watch: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> Run:
+    """Train one SAE, or several on the same batches. Chapter `relu`.
+
+    The stream is divided by one number, the root mean squared norm of its first batches, and that number is folded into the
+    weights at the end: a trained SAE takes raw activations. A stream that ends early trains on what it had, and
+    `Run.tokens` says how many.
+
+    Args:
+        saes: one SAE or a list; they are trained in place, on the stream's device, in 32 bits.
+        stream: anything that yields `Batch` or floating tensors of shape (batch, d_in).
+        tokens: rows to train on, at least 1; the last batch may be cut.
+        seed: order of the data, for streams that have a `seed`; None leaves the stream's own.
+        watch: called with the history every few steps, e.g. `figures.LossCurve()` in a notebook.
+
+    Raises:
+        ValueError: for an empty list or stream, a batch of the wrong width or type, values that are not finite, or a variant
+            that needs what the stream does not yield.
+    """
+    saes = [saes] if isinstance(saes, SAE) else list(saes)
+    if not saes or not all(isinstance(sae, SAE) for sae in saes):
+        raise ValueError(f"saes must be an SAE or a list of at least one, got {[type(sae).__name__ for sae in saes]}")
+    whole("tokens", tokens)
+    if seed is not None and hasattr(stream, "seed"):
+        stream.seed = whole("seed", seed, least=0)
+    batches = checked_batches(stream, saes, tokens)
+    first = list(islice(batches, SCALE_BATCHES))
+    if not first:
+        raise ValueError("the stream must yield at least one batch, got none; is it an iterator that was used up?")
+
+    run, began = Run(saes, scale=rms_norm(first)), time.perf_counter()
+    total_steps = max(1, -(-tokens // len(first[0].x)))
+    optimisers = []
+    for sae in saes:
+        sae.to(device=first[0].x.device).train()
+        sae.fold(1.0)
+        sae.start(scaled(first[0], run.scale), tokens)
+        optimisers.append(adam(sae))
+
+    waiting: list[dict[str, Any]] = []
+    with progress_bar(tokens) as bar:
+        for step, batch in enumerate(chain(first, batches)):
+            batch = scaled(batch, run.scale)
+            run.tokens += len(batch.x)
+            rate = schedule(step, total_steps)
+            for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
+                loss = one_step(sae, optimiser, batch, rate, step / total_steps)
+                waiting.append(
+                    {"step": step, "tokens": run.tokens, "sae": place, "variant": sae.name}
+                    | measured(sae, batch, loss)
+                    | {"learning_rate": optimiser.param_groups[0]["lr"]}
+                )
+            bar.update(len(batch.x))
+            if (step + 1) % REPORT_EVERY == 0:
+                report(run, waiting, began, bar, watch)
+        report(run, waiting, began, bar, watch)
+
+    for sae in saes:
+        sae.fold(run.scale)
+        sae.eval()
+        if fingerprint := getattr(stream, "fingerprint", None):
+            sae.trained_on = sorted({*sae.trained_on, fingerprint})
+    run.seconds = time.perf_counter() - began
+    if run.tokens < tokens:
+        tqdm.write(f"the stream ended: trained on {run.tokens:,} of {tokens:,} tokens", file=sys.stderr)
+    return run
+
+
+def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: float, progress: float) -> Loss:
+    """One step of one SAE; `rate` multiplies its learning rate."""
+    sae.before_step(progress)
+    loss = sae.loss(batch)
+    optimiser.zero_grad(set_to_none=True)
+    loss.total.backward()
+    sae.after_backward()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["initial_lr"]
+    optimiser.step()
+    sae.after_step(batch, loss.code)
+    return loss
+
+
+def adam(sae: SAE) -> torch.optim.Adam:
+    """The optimiser of a variant, by its class attributes."""
+    learning_rate = sae.learning_rate or 2e-4 * (2**14 / sae.d_sae) ** 0.5
+    parameters = [p for p in sae.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=sae.betas, fused=True)
+    for group in optimiser.param_groups:
+        group["initial_lr"] = learning_rate
+    return optimiser
+
+
+def schedule(step: int, steps: int) -> float:
+    """Multiplier of the learning rate: linear warm-up, constant, linear decay towards zero at the end."""
+    warm_up = min(WARM_UP_STEPS, max(1, round(WARM_UP * steps)))
+    return max(0.0, min(1.0, (step + 1) / warm_up, (steps - step) / max(1.0, DECAY * steps)))
+
+
+def rms_norm(batches: Sequence[Batch]) -> float:
+    """Root mean squared norm of the rows: dividing by it makes the mean squared norm 1."""
+    total = sum(float(batch.x.double().square().sum()) for batch in batches)
+    return (total / sum(len(batch.x) for batch in batches)) ** 0.5 or 1.0
+
+
+def scaled(batch: Batch, scale: float) -> Batch:
+    """The batch in the training's units, 32 bits; a gradient towards x grows by what x shrinks."""
+    return batch._replace(
+        x=batch.x.float() / scale,
+        grad=None if batch.grad is None else batch.grad.float() * scale,
+        orbit=None if batch.orbit is None else batch.orbit.float() / scale,
+    )
+
+
+def checked_batches(stream: Iterable[Batch | Tensor], saes: Sequence[SAE], tokens: int) -> Iterator[Batch]:
+    """The stream's batches, each checked, until `tokens` rows have passed; the last batch is cut to fit."""
+    if isinstance(stream, Tensor):
+        raise ValueError(f"stream must yield batches, got one tensor of shape {tuple(stream.shape)}; pass x.split(2048) instead")
+    needs = frozenset().union(*(sae.needs for sae in saes))
+    seen = 0
+    for step, item in enumerate(stream):
+        batch = item if isinstance(item, Batch) else Batch(item)
+        for sae in saes:
+            sae.checked(batch.x)
+        if not len(batch.x):
+            continue
+        finite = torch.isfinite(batch.x)
+        if not finite.all():
+            share = 1 - finite.float().mean().item()
+            raise ValueError(
+                f"activations must be finite, got {share:.2%} NaN or infinite entries at step {step}; "
+                "look for overflow in a 16-bit model, or drop those rows"
+            )
+        for name in needs:
+            if getattr(batch, name) is None:
+                remedy = "Activations(..., grad=True)" if name == "grad" else f"a stream that yields Batch(x, {name}=...)"
+                raise ValueError(f"{', '.join(s.name for s in saes if name in s.needs)} needs {name} from the stream; use {remedy}")
+        keep = min(len(batch.x), tokens - seen)
+        yield Batch(*(part if part is None else part[:keep] for part in batch))
+        seen += keep
+        if seen >= tokens:
+            return
+
+
+@torch.no_grad()
+def measured(sae: SAE, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+    """One row of the history, still on the device."""
+    spread = (batch.x - batch.x.mean(0)).square().sum()
+    return {
+        "loss": loss.total.detach(),
+        **{name: term.detach() for name, term in loss.terms.items()},
+        "l0": loss.code.l0(),
+        "fvu": (batch.x - loss.x_hat.detach()).square().sum() / spread,
+        "dead": sae.dead.float().mean(),
+    }
+
+
+def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callable | None) -> None:
+    """Move the waiting rows to the history, show the last one, and stop if the loss is no longer a number."""
+    rate = run.tokens / (time.perf_counter() - began)
+    for row in waiting:
+        row = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+        run.history.append(row | {"tokens_per_second": rate})
+        if row["loss"] != row["loss"]:
+            raise ValueError(f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; lower its learning rate")
+    if waiting:
+        last = run.history[-1]
+        bar.set_postfix(loss=f"{last['loss']:.3f}", fvu=f"{last['fvu']:.3f}", l0=f"{last['l0']:.1f}")
+    waiting.clear()
+    if watch is not None:
+        watch(run.history)
+
+
+def progress_bar(total: int) -> tqdm:
+    """A bar that redraws often on a screen, rarely in a log, and leaves nothing behind in a notebook."""
+    terminal = sys.stderr.isatty()
+    notebook = tqdm.__module__.endswith("notebook") if hasattr(tqdm, "__module__") else False
+    return tqdm(total=total, unit="token", unit_scale=True, mininterval=0.2 if terminal or notebook else 10, leave=not notebook)
