@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,3 +28,210 @@ class Batch(NamedTuple):
     grad: Float[Tensor, "batch d_in"] | None = None
     orbit: Float[Tensor, "batch group d_in"] | None = None
     truth: Float[Tensor, "batch n_features"] | None = None
+
+
+class PlantedDictionary:
+    """Activations made of known features: ``x = sum_i c_i v_i + noise``, with unit directions ``v_i``. Chapter `topk`.
+
+    The defaults give the plainest case: independent features that all fire equally often. Each further argument adds one
+    property of real activations. SynthSAEBench (16,384 features in 768 dimensions) combines all of them; this is its small
+    version, without its scaling of a child by its parent's magnitude, and with exact instead of measured frequencies.
+
+    *Directions.* Orthonormal if ``n_features <= d_in``. Otherwise as even as 100 steps of descent on the sum of
+    ``cos(v_i, v_j)^4`` make them (4 n_features^2 d_in flops a step): 64 directions in 32 dimensions have ``|cos|`` up to about
+    0.18, where 0.126 is the least possible and random ones reach 0.6.
+
+    *Frequencies.* Feature i fires with probability proportional to ``(i + 1)^-zipf`` times, in a hierarchy, ``1 / (b + 1)`` for
+    each step down from its root, with b the number of siblings. The features are ordered from the most frequent to the rarest,
+    and all probabilities add up to `active`.
+
+    *Hierarchy.* ``hierarchy=(4, 2)`` means trees of roots with 4 children with 2 children each. A child fires only if its parent
+    does; siblings exclude each other, or fire independently given the parent. There are as many whole trees as fit into
+    n_features; the features left over are roots without children.
+
+    *Correlation.* The roots that fire are coupled by a Gaussian copula with eight shared factors: root i fires where
+    ``sqrt(correlation) a_i . s + sqrt(1 - correlation) e_i`` is low, with ``a_i`` a random unit vector and s, e_i normal. Children
+    correlate through their roots.
+
+    *Magnitudes.* A feature that fires has coefficient ``|1 + spread * normal|``.
+
+    Args:
+        n_features: number of features, at least 1.
+        d_in: width of the activations, at least 1.
+        active: mean number of features that fire in a sample, above 0 and at most n_features.
+        zipf: exponent of the frequencies, at least 0; 0 makes them equal.
+        hierarchy: number of children of a feature, for each level below the roots; ``()`` for none.
+        exclusive: whether at most one child of a feature fires.
+        correlation: share of the copula's variance that is common, in [0, 1).
+        noise: root mean square norm of the Gaussian noise added to a sample (a feature has norm about 1), at least 0.
+        spread: standard deviation of the coefficients, at least 0.
+        seed: of the directions and the copula; samples have seeds of their own.
+        device: where samples are drawn; the dictionary itself is the same on every device.
+
+    Attributes:
+        directions: (n_features, d_in), unit rows.
+        frequencies: (n_features,), the probability that each feature fires; exact.
+        parents: (n_features,), the index of each feature's parent, -1 for roots.
+
+    Raises:
+        ValueError: if an argument is outside its range, no tree fits, or a frequency would exceed 1.
+    """
+
+    directions: Float[Tensor, "n_features d_in"]
+    frequencies: Float[Tensor, " n_features"]
+    parents: Int[Tensor, " n_features"]
+
+    def __init__(
+        self,
+        n_features: int,
+        d_in: int,
+        active: float = 3.0,
+        *,
+        zipf: float = 0.0,
+        hierarchy: tuple[int, ...] = (),
+        exclusive: bool = True,
+        correlation: float = 0.0,
+        noise: float = 0.0,
+        spread: float = 0.25,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ):
+        hierarchy = tuple(hierarchy)
+        for name, size in {"n_features": n_features, "d_in": d_in, **{"hierarchy's numbers": b for b in hierarchy}}.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be integers of at least 1, got {size!r}")
+        if not 0 < active <= n_features:
+            raise ValueError(f"active must be in (0, n_features={n_features}], got {active}")
+        if not 0 <= correlation < 1:
+            raise ValueError(f"correlation must be in [0, 1), got {correlation}")
+        for name, value in {"zipf": zipf, "noise": noise, "spread": spread}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        self.n_features, self.d_in, self.device = n_features, d_in, torch.device(device)
+        self.exclusive, self.correlation, self.noise, self.spread = exclusive, correlation, noise, spread
+        self._identity = (n_features, d_in, active, zipf, hierarchy, exclusive, correlation, noise, spread, seed)
+
+        level_sizes = list(itertools.accumulate(hierarchy, lambda nodes, b: nodes * b, initial=1))
+        trees = n_features // sum(level_sizes)
+        if trees == 0:
+            raise ValueError(f"n_features must be at least {sum(level_sizes)} for hierarchy={hierarchy}, got {n_features}")
+        self._n_roots = n_features - trees * sum(level_sizes[1:])
+        self._levels = []  # of each level below the roots: first parent, first child, number of parents, children of each
+        first_parent, first_child = 0, self._n_roots
+        weights = torch.arange(1, n_features + 1, dtype=torch.float64) ** -zipf
+        parents = torch.full((n_features,), -1)
+        for nodes, b in zip(level_sizes, hierarchy, strict=False):
+            self._levels.append((first_parent, first_child, trees * nodes, b))
+            parents[first_child : first_child + trees * nodes * b] = first_parent + torch.arange(trees * nodes * b) // b
+            weights[first_child:] /= b + 1
+            first_parent, first_child = first_child, first_child + trees * nodes * b
+        frequencies = weights * active / weights.sum()
+        if frequencies[0] > 1 + 1e-9:
+            raise ValueError(
+                f"active must leave every frequency at most 1, got active={active}, with which feature 0 would fire "
+                f"with probability {frequencies[0]:.3g}; lower active, zipf or the depth of the hierarchy"
+            )
+        generator = _generator("dictionary", seed)
+        self.directions = _even_directions(n_features, d_in, generator).to(self.device)
+        self.frequencies, self.parents = frequencies.float().to(self.device), parents.to(self.device)
+        given_parent = torch.where(parents < 0, frequencies, frequencies / frequencies[parents])
+        self._given_parent = given_parent.float().to(self.device)
+        loadings = F.normalize(torch.randn(self._n_roots, 8, generator=generator), dim=1)
+        self._loadings = (math.sqrt(correlation) * loadings).to(self.device)
+
+    def sample(
+        self, n: int, seed: int | torch.Generator = 0
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n n_features"]]:
+        """`n` activations and the coefficients that they are made of.
+
+        Args:
+            n: number of samples, at least 1.
+            seed: a number, for the samples that `batches` of the same seed starts with; or a generator on `device` to go on with.
+
+        Raises:
+            ValueError: if `n` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        generator = seed if isinstance(seed, torch.Generator) else _generator("samples", seed, device=self.device)
+        draw = {"generator": generator, "device": self.device}
+        alive = self._fires(n, draw).flatten().nonzero().squeeze(1)
+        coefficients = torch.zeros(n * self.n_features, device=self.device)
+        coefficients[alive] = (1 + self.spread * torch.randn(len(alive), **draw)).abs()
+        coefficients = coefficients.view(n, self.n_features)
+        x = coefficients @ self.directions
+        if self.noise:
+            x.add_(torch.randn(n, self.d_in, **draw), alpha=self.noise / math.sqrt(self.d_in))
+        return x, coefficients
+
+    def _fires(self, n: int, draw: dict) -> Bool[Tensor, "n n_features"]:
+        """Which features fire: the roots by themselves, then each level given its parents."""
+        fires = torch.empty(n, self.n_features, dtype=torch.bool, device=self.device)
+        roots = slice(0, self._n_roots)
+        if self.correlation:
+            own = torch.randn(n, self._n_roots, **draw) * math.sqrt(1 - self.correlation)
+            normal = torch.addmm(own, torch.randn(n, 8, **draw), self._loadings.T)
+            fires[:, roots] = normal < torch.special.ndtri(self.frequencies[roots])
+        else:
+            torch.lt(torch.rand(n, self._n_roots, **draw), self.frequencies[roots], out=fires[:, roots])
+        for first_parent, first_child, parents, b in self._levels:
+            children = slice(first_child, first_child + parents * b)
+            upper = self._given_parent[children].view(parents, b)
+            if self.exclusive:  # one draw for all siblings, each of which owns an interval
+                upper = upper.cumsum(1)
+                lower = F.pad(upper[:, :-1], (1, 0))
+                uniform = torch.rand(n, parents, 1, **draw)
+            else:
+                lower = 0
+                uniform = torch.rand(n, parents, b, **draw)
+            parent_fires = fires[:, first_parent : first_parent + parents].unsqueeze(2)
+            fires[:, children] = (parent_fires & (uniform >= lower) & (uniform < upper)).flatten(1)
+        return fires
+
+    def batches(self, batch_size: int, seed: int = 0) -> PlantedStream:
+        """An endless stream of batches with their true coefficients; another seed gives held-out data."""
+        return PlantedStream(self, batch_size, seed)
+
+
+class PlantedStream:
+    """Endless batches of a `PlantedDictionary`, the same ones each time it is iterated over.
+
+    Attributes:
+        d_in: width of the activations.
+        batch_size: samples a batch.
+        seed: of the samples; `train(seed=)` may replace it.
+    """
+
+    def __init__(self, dictionary: PlantedDictionary, batch_size: int, seed: int):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        self.dictionary, self.d_in, self.batch_size, self.seed = dictionary, dictionary.d_in, batch_size, seed
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the dictionary and the seed: equal for streams of the same samples."""
+        return hashlib.sha256(repr((self.dictionary._identity, self.seed)).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = _generator("samples", self.seed, device=self.dictionary.device)
+        while True:
+            x, coefficients = self.dictionary.sample(self.batch_size, generator)
+            yield Batch(x, truth=coefficients)
+
+
+def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose and seed: a plain ``manual_seed(0)`` would draw an SAE's initial directions again."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _even_directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Orthonormal rows if they fit; else unit rows that descent on the fourth powers of their cosines has spread out."""
+    rows = torch.randn(n, d, generator=generator)
+    if n <= d:
+        return torch.linalg.qr(rows.T).Q.T.contiguous()
+    rows = F.normalize(rows, dim=1)
+    for step in torch.linspace(0.2, 0, 100):
+        cosines = (rows @ rows.T).fill_diagonal_(0)
+        rows = F.normalize(rows - step * F.normalize(cosines.pow(3) @ rows, dim=1), dim=1)
+    return rows
