@@ -33,25 +33,25 @@ class Batch(NamedTuple):
 class PlantedDictionary:
     """Activations made of known features: ``x = sum_i c_i v_i + noise``, with unit directions ``v_i``. Chapter `topk`.
 
-    The defaults give the plainest case: independent features that all fire equally often. Each further argument adds one
-    property of real activations. SynthSAEBench (16,384 features in 768 dimensions) combines all of them; this is its small
-    version, without its scaling of a child by its parent's magnitude, and with exact instead of measured frequencies.
+    The defaults give the plainest case: independent features that all fire equally often. Each further argument adds
+    one property of real activations. SynthSAEBench (16,384 features in 768 dimensions) combines all of them; this is
+    its small version, without its scaling of a child by its parent's magnitude, and with exact frequencies.
 
     *Directions.* Orthonormal if ``n_features <= d_in``. Otherwise as even as 100 steps of descent on the sum of
-    ``cos(v_i, v_j)^4`` make them (4 n_features^2 d_in flops a step): 64 directions in 32 dimensions have ``|cos|`` up to about
-    0.18, where 0.126 is the least possible and random ones reach 0.6.
+    ``cos(v_i, v_j)^4`` make them (about ``4 n_features^2 d_in`` operations a step): 64 directions in 32 dimensions
+    have ``|cos|`` up to about 0.17, where 0.126 is the least possible and random directions reach 0.6.
 
-    *Frequencies.* Feature i fires with probability proportional to ``(i + 1)^-zipf`` times, in a hierarchy, ``1 / (b + 1)`` for
-    each step down from its root, with b the number of siblings. The features are ordered from the most frequent to the rarest,
-    and all probabilities add up to `active`.
+    *Frequencies.* Feature i fires with probability proportional to ``(i + 1)^-zipf`` times, in a hierarchy,
+    ``1 / (b + 1)`` for each step down from its root, with b the number of children there. Features are ordered from
+    the most frequent to the rarest, and all probabilities add up to `active`.
 
-    *Hierarchy.* ``hierarchy=(4, 2)`` means trees of roots with 4 children with 2 children each. A child fires only if its parent
-    does; siblings exclude each other, or fire independently given the parent. There are as many whole trees as fit into
-    n_features; the features left over are roots without children.
+    *Hierarchy.* ``hierarchy=(4, 2)`` means trees of roots with 4 children with 2 children each. A child fires only if
+    its parent does; siblings exclude each other, or fire independently given the parent. There are as many whole trees
+    as fit into n_features; the features left over are roots without children.
 
-    *Correlation.* The roots that fire are coupled by a Gaussian copula with eight shared factors: root i fires where
-    ``sqrt(correlation) a_i . s + sqrt(1 - correlation) e_i`` is low, with ``a_i`` a random unit vector and s, e_i normal. Children
-    correlate through their roots.
+    *Correlation.* A Gaussian copula with eight shared factors couples the roots: root i fires where
+    ``sqrt(correlation) a_i . s + sqrt(1 - correlation) e_i`` is low, with ``a_i`` a random unit vector and s, ``e_i``
+    normal. Children correlate through their roots.
 
     *Magnitudes.* A feature that fires has coefficient ``|1 + spread * normal|``.
 
@@ -97,9 +97,9 @@ class PlantedDictionary:
         device: str | torch.device = "cpu",
     ):
         hierarchy = tuple(hierarchy)
-        for name, size in {"n_features": n_features, "d_in": d_in, **{"hierarchy's numbers": b for b in hierarchy}}.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be integers of at least 1, got {size!r}")
+        for name, sizes in {"n_features": (n_features,), "d_in": (d_in,), "hierarchy": hierarchy}.items():
+            if not all(isinstance(size, int) and size >= 1 for size in sizes):
+                raise ValueError(f"{name} must consist of integers of at least 1, got {', '.join(map(repr, sizes))}")
         if not 0 < active <= n_features:
             raise ValueError(f"active must be in (0, n_features={n_features}], got {active}")
         if not 0 <= correlation < 1:
@@ -114,9 +114,10 @@ class PlantedDictionary:
         level_sizes = list(itertools.accumulate(hierarchy, lambda nodes, b: nodes * b, initial=1))
         trees = n_features // sum(level_sizes)
         if trees == 0:
-            raise ValueError(f"n_features must be at least {sum(level_sizes)} for hierarchy={hierarchy}, got {n_features}")
+            least = sum(level_sizes)
+            raise ValueError(f"n_features must be at least {least}, a tree of {hierarchy=}, got {n_features}")
         self._n_roots = n_features - trees * sum(level_sizes[1:])
-        self._levels = []  # of each level below the roots: first parent, first child, number of parents, children of each
+        self._levels = []  # of each level below the roots: first parent, first child, parents, children of each
         first_parent, first_child = 0, self._n_roots
         weights = torch.arange(1, n_features + 1, dtype=torch.float64) ** -zipf
         parents = torch.full((n_features,), -1)
@@ -146,7 +147,7 @@ class PlantedDictionary:
 
         Args:
             n: number of samples, at least 1.
-            seed: a number, for the samples that `batches` of the same seed starts with; or a generator on `device` to go on with.
+            seed: a number, for the samples that `batches` of the same seed starts with; or a generator on `device`.
 
         Raises:
             ValueError: if `n` is below 1.
@@ -226,7 +227,7 @@ def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Gen
 
 
 def _even_directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Orthonormal rows if they fit; else unit rows that descent on the fourth powers of their cosines has spread out."""
+    """Orthonormal rows if they fit; else unit rows, spread out by descent on the fourth powers of their cosines."""
     rows = torch.randn(n, d, generator=generator)
     if n <= d:
         return torch.linalg.qr(rows.T).Q.T.contiguous()
