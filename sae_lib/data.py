@@ -96,6 +96,8 @@ class PlantedDictionary:
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
+        if not isinstance(hierarchy, (tuple, list)):
+            raise ValueError(f"hierarchy must be a tuple of integers, such as (4,), got {hierarchy!r}")
         hierarchy = tuple(hierarchy)
         for name, sizes in {"n_features": (n_features,), "d_in": (d_in,), "hierarchy": hierarchy}.items():
             if not all(isinstance(size, int) and size >= 1 for size in sizes):
