@@ -186,7 +186,9 @@ class SAE(nn.Module, ABC):
         """
         path = Path(path)
         if path.exists() and not (path / "config.json").is_file():
-            raise ValueError(f"path must be new or a saved SAE, got {path}, which holds something else; choose another path")
+            raise ValueError(
+                f"path must be new or a saved SAE, got {path}, which holds something else; choose another path"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = safetensors_bytes({key: value.contiguous().cpu() for key, value in self.state_dict().items()})
         config = FORMAT | {
@@ -215,7 +217,9 @@ class SAE(nn.Module, ABC):
 def whole(name: str, value: int, least: int = 1, most: int | None = None, most_name: str = "") -> int:
     """`value`, if it is an integer in ``[least, most]``; else a ValueError that names the rule and the value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limit = f"in [{least}, {most_name + '=' if most_name else ''}{most}]" if most is not None else f"at least {least}"
+        limit = (
+            f"in [{least}, {most_name + '=' if most_name else ''}{most}]" if most is not None else f"at least {least}"
+        )
         raise ValueError(f"{name} must be an integer {limit}, got {value!r}")
     return value
 

@@ -172,7 +172,9 @@ def scaled(batch: Batch, scale: float) -> Batch:
 def checked_batches(stream: Iterable[Batch | Tensor], saes: Sequence[SAE], tokens: int) -> Iterator[Batch]:
     """The stream's batches, each checked, until `tokens` rows have passed; the last batch is cut to fit."""
     if isinstance(stream, Tensor):
-        raise ValueError(f"stream must yield batches, got one tensor of shape {tuple(stream.shape)}; pass x.split(2048) instead")
+        raise ValueError(
+            f"stream must yield batches, got one tensor of shape {tuple(stream.shape)}; pass x.split(2048) instead"
+        )
     needs = frozenset().union(*(sae.needs for sae in saes))
     seen = 0
     for step, item in enumerate(stream):
@@ -190,8 +192,12 @@ def checked_batches(stream: Iterable[Batch | Tensor], saes: Sequence[SAE], token
             )
         for name in needs:
             if getattr(batch, name) is None:
-                remedy = "Activations(..., grad=True)" if name == "grad" else f"a stream that yields Batch(x, {name}=...)"
-                raise ValueError(f"{', '.join(s.name for s in saes if name in s.needs)} needs {name} from the stream; use {remedy}")
+                remedy = (
+                    "Activations(..., grad=True)" if name == "grad" else f"a stream that yields Batch(x, {name}=...)"
+                )
+                raise ValueError(
+                    f"{', '.join(s.name for s in saes if name in s.needs)} needs {name} from the stream; use {remedy}"
+                )
         keep = min(len(batch.x), tokens - seen)
         yield Batch(*(part if part is None else part[:keep] for part in batch))
         seen += keep
@@ -219,7 +225,9 @@ def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callab
         row = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         run.history.append(row | {"tokens_per_second": rate})
         if row["loss"] != row["loss"]:
-            raise ValueError(f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; lower its learning rate")
+            raise ValueError(
+                f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; lower its learning rate"
+            )
     if waiting:
         last = run.history[-1]
         bar.set_postfix(loss=f"{last['loss']:.3f}", fvu=f"{last['fvu']:.3f}", l0=f"{last['l0']:.1f}")
@@ -232,4 +240,6 @@ def progress_bar(total: int) -> tqdm:
     """A bar that redraws often on a screen, rarely in a log, and leaves nothing behind in a notebook."""
     terminal = sys.stderr.isatty()
     notebook = tqdm.__module__.endswith("notebook") if hasattr(tqdm, "__module__") else False
-    return tqdm(total=total, unit="token", unit_scale=True, mininterval=0.2 if terminal or notebook else 10, leave=not notebook)
+    return tqdm(
+        total=total, unit="token", unit_scale=True, mininterval=0.2 if terminal or notebook else 10, leave=not notebook
+    )

@@ -65,7 +65,9 @@ class JumpReLUSAE(SAE):
     ):
         super().__init__(d_in, d_sae, seed)
         if (target_l0 is None) == (l0_coeff is None):
-            raise ValueError(f"give exactly one of target_l0 and l0_coeff, got target_l0={target_l0!r}, l0_coeff={l0_coeff!r}")
+            raise ValueError(
+                f"give exactly one of target_l0 and l0_coeff, got target_l0={target_l0!r}, l0_coeff={l0_coeff!r}"
+            )
         self.target_l0 = None if target_l0 is None else positive("target_l0", target_l0)
         if self.target_l0 is not None and self.target_l0 > d_sae:
             raise ValueError(f"target_l0 must be in (0, d_sae={d_sae}], got {target_l0}")

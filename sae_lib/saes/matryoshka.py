@@ -57,9 +57,13 @@ class MatryoshkaSAE(SAE):
     ):
         super().__init__(d_in, d_sae, seed)
         self.k = whole("k", k, most=d_sae, most_name="d_sae")
-        self.group_sizes = default_groups(d_sae) if group_sizes is None else tuple(whole("a group size", g) for g in group_sizes)
+        self.group_sizes = (
+            default_groups(d_sae) if group_sizes is None else tuple(whole("a group size", g) for g in group_sizes)
+        )
         if sum(self.group_sizes) != d_sae:
-            raise ValueError(f"group_sizes must add up to d_sae={d_sae}, got {self.group_sizes} with sum {sum(self.group_sizes)}")
+            raise ValueError(
+                f"group_sizes must add up to d_sae={d_sae}, got {self.group_sizes} with sum {sum(self.group_sizes)}"
+            )
         self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
         directions = unit_dictionary(d_in, d_sae, self.generator)
         self.W_enc = nn.Parameter(column_major(directions.T))  # (d_in, d_sae)
