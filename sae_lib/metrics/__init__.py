@@ -1,0 +1,19 @@
+"""What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
+
+from sae_lib.metrics.reconstruction import (
+    Reconstruction,
+    alive,
+    cosine,
+    dense,
+    density,
+    density_histogram,
+    explained_variance,
+    fvu,
+    kl,
+    l0,
+    l2_ratio,
+    loss_recovered,
+    mse,
+    relative_reconstruction_bias,
+)
+from sae_lib.metrics.recovery import cosines, latent_f1, mcc, mmcs, recovery_rate, uniqueness
