@@ -140,7 +140,7 @@ def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: flo
 
 def adam(sae: SAE) -> torch.optim.Adam:
     """The optimiser of a variant, by its class attributes."""
-    learning_rate = sae.learning_rate or 2e-4 * (2**14 / sae.d_sae) ** 0.5
+    learning_rate = 2e-4 * (2**14 / sae.d_sae) ** 0.5 if sae.learning_rate is None else sae.learning_rate
     parameters = [p for p in sae.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=sae.betas, fused=True)
     for group in optimiser.param_groups:
