@@ -25,9 +25,7 @@ def cosines(W_dec: Float[Tensor, "d_sae d_in"], directions: Float[Tensor, "n d_i
     W_dec, directions = finite_matrices(W_dec=W_dec, directions=directions)
     if W_dec.shape[1] != directions.shape[1]:
         raise ValueError(f"directions must have the width of W_dec, d_in={W_dec.shape[1]}, got {directions.shape[1]}")
-    W_dec, directions = (
-        torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (W_dec, directions)
-    )
+    W_dec, directions = (torch.nn.functional.normalize(rows.detach().double(), dim=1) for rows in (W_dec, directions))
     return W_dec @ directions.T
 
 
