@@ -1,7 +1,11 @@
 """Sparse autoencoders, put to the test: all variants, one contract, honest metrics."""
 
-from sae_lib.data import Batch
+from sae_lib import metrics
+from sae_lib.activations import Activations
+from sae_lib.data import Batch, PlantedDictionary
 from sae_lib.formats import load
+from sae_lib.metrics.evaluation import evaluate
+from sae_lib.models import load_model
 from sae_lib.sae import SAE
 from sae_lib.saes import VARIANTS, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
 from sae_lib.train import Run, train
