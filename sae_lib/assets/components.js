@@ -1,0 +1,76 @@
+// Brings the pieces that sae_lib/components.py writes to life. The script stands in each of them and starts those that are new.
+(() => {
+  const start = {
+    // Shows the outcome of the chosen rule at the chosen level; the outcomes were computed in Python.
+    selection(root, data) {
+      const find = (selector) => root.querySelector(selector);
+      const form = find("form"), slider = find("[type=range]");
+      const pairs = root.querySelectorAll("td.pair");
+      const rows = root.querySelectorAll("tbody .count"), columns = root.querySelectorAll("tfoot .count");
+      const chosen = () => Number(find("[name=rule]:checked").value);
+      let now = chosen();
+      const level = data.rules.map((rule, i) => (i === now ? Number(slider.value) : Math.min(1, rule.states.length - 1)));
+
+      const show = () => {
+        const rule = data.rules[now], state = rule.states[level[now]];
+        find(".who").textContent = rule.who;
+        find(".knob").hidden = !rule.knob;
+        find(".knob span").textContent = rule.knob;
+        find("output").textContent = state.level;
+        slider.max = rule.states.length - 1;
+        slider.value = level[now];
+        slider.setAttribute("aria-valuetext", state.level);
+        pairs.forEach((pair, i) => {
+          const alive = state.alive[i] === "1";
+          pair.classList.toggle("alive", alive);
+          pair.querySelector(".unseen span").textContent = alive ? "lives" : "";
+        });
+        rows.forEach((cell, i) => { cell.textContent = state.rows[i]; });
+        columns.forEach((cell, j) => { cell.textContent = state.columns[j]; });
+        find(".said").textContent = state.said;
+      };
+
+      form.addEventListener("submit", (event) => event.preventDefault());
+      form.addEventListener("input", (event) => {
+        if (event.target === slider) level[now] = Number(slider.value);
+        else now = chosen();
+        show();
+      });
+    },
+
+    // Arrow keys and taps move from token to token and tell each one's value.
+    text(root, data) {
+      const said = root.querySelector("[role=status]");
+      for (const text of root.querySelectorAll(".text")) {
+        const words = [...text.children];
+        const sizes = words.map((word) => Math.abs(Number(word.dataset.value)));
+        let here = Math.max(0, sizes.indexOf(Math.max(...sizes)));
+        const leave = () => words[here]?.classList.remove("here");
+        const go = (to) => {
+          leave();
+          here = Math.min(Math.max(to, 0), words.length - 1);
+          words[here].classList.add("here");
+          said.textContent = `${words[here].textContent}: ${data.label} ${words[here].dataset.value}`;
+        };
+        text.addEventListener("focus", () => go(here));
+        text.addEventListener("blur", leave);
+        text.addEventListener("click", (event) => {
+          if (words.includes(event.target)) go(words.indexOf(event.target));
+        });
+        text.addEventListener("keydown", (event) => {
+          const to = { ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: words.length - 1 }[event.key];
+          if (to === undefined) return;
+          go(to);
+          event.preventDefault();
+        });
+      }
+    },
+  };
+
+  for (const root of document.querySelectorAll(".sae-piece:not([data-ready])")) {
+    const data = root.querySelector('script[type="application/json"]');
+    if (!data) continue; // still being read by the browser; its own script comes after its data
+    root.dataset.ready = "";
+    start[root.dataset.kind](root, JSON.parse(data.textContent));
+  }
+})();
