@@ -1,0 +1,68 @@
+"""Tiny language models with random weights, saved as ordinary Hugging Face folders; each is made once a process."""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = "the cat dog sun moon king queen river stone sings sleeps runs and under over a red blue old new . ,".split()
+
+
+def _tokenizer():
+    """One token a word; <bos> first where the tokenizer is asked for special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _save(model_class, config) -> Path:
+    import torch
+
+    folder = Path(tempfile.mkdtemp(prefix="tiny-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config)
+        for (
+            parameter
+        ) in model.parameters():  # the default 0.02 would make every activation of layer 0 look like the next
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def tiny_gpt2() -> Path:
+    """Folder of a GPT-2 with 3 layers, d_model 12, 3 heads and a context of 16."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=4 + len(WORDS), n_positions=16, n_embd=12, n_layer=3, n_head=3, n_inner=20,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return _save(GPT2LMHeadModel, config)
+
+
+@functools.cache
+def tiny_gemma2() -> Path:
+    """Folder of a Gemma 2 with 2 layers, d_model 16, 4 heads that share 2 keys, and a context of 32 with windows of 8."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=4 + len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, query_pre_attn_scalar=4, max_position_embeddings=32, sliding_window=8,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return _save(Gemma2ForCausalLM, config)
