@@ -1,0 +1,28 @@
+# Each target sets up what it needs by itself; Python 3.11 or newer and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+LOCK := book/requirements.txt
+# The stamp is named after what was installed, so that a changed lock, and nothing else, installs again.
+INSTALLED := .venv/installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d ' ' -f 1)
+BOOKFLAGS ?=
+
+.PHONY: book test clean
+
+book: $(INSTALLED)  ## execute every chapter and render the book to _build/html; BOOKFLAGS="-W -n --keep-going" makes warnings errors
+	$(BIN)/python book/build.py $(BOOKFLAGS)
+
+test: $(INSTALLED)  ## ruff, the unit tests, the doctests, and every chapter at smoke scale
+	$(BIN)/ruff check .
+	$(BIN)/pytest -n logical --dist worksteal --nbmake --nbmake-timeout=300 sae_lib tests book
+
+clean:  ## forget what was built; the installed packages stay
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/python -m pip install --requirement $(LOCK)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	rm -f .venv/installed-*
+	touch $@
