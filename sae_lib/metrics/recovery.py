@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_lib.metrics.reconstruction import finite_matrices
@@ -40,6 +39,8 @@ def mcc(W_dec: Float[Tensor, "d_sae d_in"], directions: Float[Tensor, "n d_in"])
     >>> mcc(torch.tensor([[0.0, 2.0], [-3.0, 4.0]]), torch.eye(2))  # pairs: second feature 1, first feature 3/5
     0.8
     """
+    from scipy.optimize import linear_sum_assignment  # here, because it takes longer to import than all of this library
+
     similarity = cosines(W_dec, directions).abs().cpu()
     return similarity[linear_sum_assignment(similarity.numpy(), maximize=True)].mean().item()
 
