@@ -260,7 +260,7 @@ class Reconstruction:
     (0.5, 1.0, 0.5, 2)
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tokens = 0
 
     def update(
@@ -346,10 +346,11 @@ def finite_matrices(**matrices: Tensor) -> list[Tensor]:
             raise ValueError(f"{name} must be a matrix with at least one row, got shape {tuple(matrix.shape)}")
         if not matrix.is_floating_point():
             raise ValueError(f"{name} must be floating, got {matrix.dtype}; convert it with {name}.float()")
-        finite = torch.isfinite(matrix)
-        if not finite.all():
-            bad = len(finite) - int(finite.all(1).sum())
-            raise ValueError(f"{name} must be finite, got NaN or infinite entries in {bad} of {len(finite)} rows")
+        if matrix.sum().isfinite():  # as no sum with a NaN or infinite entry is; a hundred times as fast
+            continue
+        bad = int((~torch.isfinite(matrix)).any(1).sum())
+        if bad:
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries in {bad} of {len(matrix)} rows")
     return list(matrices.values())
 
 

@@ -218,6 +218,10 @@ def test_bad_input_is_refused_with_rule_value_and_remedy(call, message):
         call()
 
 
+def test_finite_numbers_whose_sum_is_not_are_accepted():
+    assert l0(torch.full((2, 3), 6e4, dtype=torch.float16)) == 3
+
+
 @pytest.mark.parametrize(("d_in", "d_sae"), [(4, 4), (3, 5)])
 def test_a_stream_that_changes_its_width_is_refused(d_in, d_sae):
     accumulator = Reconstruction()
