@@ -7,16 +7,20 @@ keyboard and screen reader; without JavaScript the first state stands still.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from sae_lib.sparse import Code, above, top_of_batch, top_of_rows
@@ -49,7 +53,7 @@ class Rule(NamedTuple):
     name: str
     who_lives: str
     knob: str
-    levels: Sequence[float]
+    levels: Sequence[float | int]
     select: Callable[[Float[Tensor, "tokens latents"], float], Code]
 
 
@@ -94,21 +98,21 @@ RULES = (
 
 
 def selection_picture(
-    scores: Float[Tensor, "tokens latents"],
+    scores: Float[Tensor, "..."],
     tokens: Sequence[str] | None = None,
-    truth: Bool[Tensor, "tokens latents"] | None = None,
+    truth: Bool[Tensor, "..."] | None = None,
     rules: Sequence[Rule] = RULES,
     rule: str = "TopK",
-    level: float = 2,
+    level: float | int = 2,
 ) -> Piece:
     """A small matrix of tokens by latents, in which the reader switches the rule and sees which pairs live.
 
     Chapter `index`.
 
     Args:
-        scores: what the encoder gives each pair.
+        scores: (tokens, latents), what the encoder gives each pair.
         tokens: a name for each row.
-        truth: pairs whose feature is really there, marked with a dot and counted.
+        truth: (tokens, latents), pairs whose feature is really there, marked with a dot and counted.
         rules: what the reader can choose from.
         rule: name of the one shown first.
         level: where its slider stands first.
@@ -257,7 +261,43 @@ def token_text(
     return piece("text", f'{scale}{"".join(parts)}<p class="unseen" role="status"></p>', {"label": value_label})
 
 
-# What both are made of -----------------------------------------------------------------------------------------------
+# A knob that turns through figures ------------------------------------------------------------------------------------
+
+
+def slider(figures: Mapping[str, Figure], label: str, start: str, alt: str) -> Piece:
+    """A slider that shows one of several finished figures; they are closed. Chapter `relu`.
+
+    Args:
+        figures: the slider's positions, in order, each with its matplotlib figure, all of one size.
+        label: what the slider turns, with its unit.
+        start: the position shown first, and the one that stands still without JavaScript.
+        alt: what the figures show, for those who cannot see them.
+
+    Raises:
+        ValueError: if there are fewer than two figures, or `start` is not one of the positions.
+    """
+    if len(figures) < 2 or start not in figures:
+        raise ValueError(f"start must be one of at least two positions, got {start!r} and {list(figures)}")
+    images = []
+    for position, figure in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="webp", dpi=160, bbox_inches=figure.bbox_inches, pil_kwargs={"quality": 85})
+        plt.close(figure)
+        images.append(
+            f'<img src="data:image/webp;base64,{base64.b64encode(picture.getvalue()).decode()}"'
+            f' alt="{escape(f"{label} {position}: {alt}")}"{"" if position == start else " hidden"}>'
+        )
+    return piece(
+        "slider",
+        f"""<label class="knob"><span>{escape(label)}</span>
+<input type="range" min="0" max="{len(figures) - 1}" value="{list(figures).index(start)}" step="1"
+ aria-valuetext="{escape(start)}"><output>{escape(start)}</output></label>
+{"".join(images)}""",
+        {"positions": list(figures)},
+    )
+
+
+# What all are made of ------------------------------------------------------------------------------------------------
 
 
 def shown(token: str) -> str:

@@ -308,7 +308,7 @@ def history_curves(
     return grid.flatten()[: len(columns)]
 
 
-def draw_curve(ax: Axes, x: Sequence[float], y: Sequence[float], label: str, style: Mapping[str, Any]) -> None:
+def draw_curve(ax: Axes, x: ArrayLike, y: ArrayLike, label: str, style: Mapping[str, Any]) -> None:
     """`y` over `x`, faint, and its centred running mean over 1/50 of the run, strong."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     width = max(1, len(y) // 50)
