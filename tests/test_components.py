@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 import sae_lib
-from sae_lib.components import RULES, Piece, Rule, selection_picture, token_text
+from sae_lib.components import RULES, Piece, Rule, selection_picture, slider, token_text
 from sae_lib.data import Batch
 
 SCORES = torch.tensor(
@@ -249,4 +250,28 @@ def test_in_a_browser_arrow_keys_read_out_the_tokens(page):
     assert page.locator(".here").all_inner_texts() == [" <b>"], "it stays on the last token"
     page.keyboard.press("Home")
     assert page.locator(".here").all_inner_texts() == ["The"]
+    assert page.errors == []
+
+
+def small_slider(start="<b>"):
+    return slider({name: plt.subplots(figsize=(1, 1))[0] for name in ("a", "<b>", "c")}, "knob", start=start, alt="nothing")
+
+
+def test_a_slider_shows_its_start_closes_its_figures_and_escapes_its_positions():
+    figures_before = plt.get_fignums()
+    shown = small_slider()
+    assert plt.get_fignums() == figures_before
+    assert ["hidden" in image for image in re.findall("<img[^>]*>", shown)] == [True, False, True]
+    assert "<output>&lt;b&gt;</output>" in shown
+    with pytest.raises(ValueError, match="start must be one of at least two positions, got 'd'"):
+        small_slider("d")
+
+
+def test_in_a_browser_the_slider_turns_through_its_figures(page):
+    page.set_content(f"<!doctype html>{small_slider()}")
+    page.locator("[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    assert [image.is_visible() for image in page.locator("img").all()] == [False, False, True]
+    assert page.locator("output").inner_text() == "c"
+    assert page.locator("[type=range]").get_attribute("aria-valuetext") == "c"
     assert page.errors == []

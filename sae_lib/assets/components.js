@@ -38,6 +38,17 @@
       });
     },
 
+    // Shows the figure that belongs to the slider's position.
+    slider(root, data) {
+      const knob = root.querySelector("[type=range]"), images = root.querySelectorAll("img");
+      knob.addEventListener("input", () => {
+        const now = Number(knob.value), position = data.positions[now];
+        images.forEach((image, i) => { image.hidden = i !== now; });
+        knob.setAttribute("aria-valuetext", position);
+        root.querySelector("output").textContent = position;
+      });
+    },
+
     // Arrow keys and taps move from token to token and tell each one's value.
     text(root, data) {
       const said = root.querySelector("[role=status]");
