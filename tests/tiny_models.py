@@ -9,7 +9,10 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-WORDS = "the cat dog sun moon king queen river stone sings sleeps runs and under over a red blue old new . ,".split()
+WORDS = [
+    *("the", "cat", "dog", "sun", "moon", "king", "queen", "river", "stone", "sings", "sleeps", "runs"),
+    *("and", "under", "over", "a", "red", "blue", "old", "new", ".", ","),
+]  # numbered from 4
 
 
 def _tokenizer():
@@ -34,9 +37,7 @@ def _save(model_class, config) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)
-        for (
-            parameter
-        ) in model.parameters():  # the default 0.02 would make every activation of layer 0 look like the next
+        for parameter in model.parameters():  # with the default of 0.02 all activations look alike
             torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
@@ -57,7 +58,7 @@ def tiny_gpt2() -> Path:
 
 @functools.cache
 def tiny_gemma2() -> Path:
-    """Folder of a Gemma 2 with 2 layers, d_model 16, 4 heads that share 2 keys, and a context of 32 with windows of 8."""
+    """Folder of a Gemma 2 with 2 layers, d_model 16, 4 heads that share 2 keys, and a context of 32."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
