@@ -254,7 +254,9 @@ def test_in_a_browser_arrow_keys_read_out_the_tokens(page):
 
 
 def small_slider(start="<b>"):
-    return slider({name: plt.subplots(figsize=(1, 1))[0] for name in ("a", "<b>", "c")}, "knob", start=start, alt="nothing")
+    return slider(
+        {name: plt.subplots(figsize=(1, 1))[0] for name in ("a", "<b>", "c")}, "knob", start=start, alt="nothing"
+    )
 
 
 def test_a_slider_shows_its_start_closes_its_figures_and_escapes_its_positions():
