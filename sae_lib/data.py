@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
+import json
+import lzma
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +34,146 @@ class Batch(NamedTuple):
     grad: Float[Tensor, "batch d_in"] | None = None
     orbit: Float[Tensor, "batch group d_in"] | None = None
     truth: Float[Tensor, "batch n_features"] | None = None
+
+
+TEXTS = Path(__file__).parent / "assets" / "texts"
+SPLITS = ("train", "validation", "test")
+
+
+class Span(NamedTuple):
+    """What the generator meant by a piece of its text: characters ``start`` to ``end`` fill ``slot`` with ``value``.
+
+    Slots of the embedded texts: name, pronoun (value: the name meant), role, place, city, country, noun and verb (value: base form),
+    adjective, adverb, feeling, number (value: digits), day, month, kind, subject, object, phrase, identifier, function, and in spelling
+    word and letter (value: the first letter in upper case).
+    """
+
+    start: int
+    end: int
+    slot: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text and what is known about it; None or empty where nothing is known. Chapter `pocket`.
+
+    Attributes:
+        text: the text itself, at most 127 tokens of the embedded tokenizer where it comes from the embedded texts.
+        register: story, fact, foreign, code, spelling, prose; or plain, for texts from elsewhere.
+        language: en, fr, de, es, python.
+        topic: of a story; form of a spelling record; module of CPython that prose comes from.
+        tense: past or present.
+        sentiment: glad or sad.
+        gender: of a story's hero, female or male.
+        names: the hero and a friend.
+        spans: latent variables of the generator, in the order of the text.
+    """
+
+    text: str
+    register: str = "plain"
+    language: str = "en"
+    topic: str | None = None
+    tense: str | None = None
+    sentiment: str | None = None
+    gender: str | None = None
+    names: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    def align(self, offsets: Iterable[tuple[int, int]]) -> list[Span | None]:
+        """The span of each token, or None.
+
+        Args:
+            offsets: first and past-the-last character of each token, as ``return_offsets_mapping=True`` gives them; special tokens
+                have (0, 0).
+        """
+        spans, aligned = iter(self.spans), []
+        span = next(spans, None)
+        for start, end in offsets:
+            while span and span.end <= start < end:
+                span = next(spans, None)
+            aligned.append(span if span and span.start < end and start < span.end else None)
+        return aligned
+
+
+_MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
+
+
+def _record(document: dict) -> Record:
+    """From a line of the embedded texts, where ``the ⟨noun cow|cows⟩`` marks a slot, a value unless it is the text, and the text."""
+    marked, text, spans = document.pop("marked"), [], []
+    place = length = 0
+    for found in _MARK.finditer(marked):
+        slot, value, inner = found.groups()
+        text += marked[place : found.start()], inner
+        length += found.start() - place
+        spans.append(Span(length, length + len(inner), slot, value or inner))
+        place, length = found.end(), length + len(inner)
+    text.append(marked[place:])
+    names = tuple(document.pop("names", ()))
+    return Record("".join(text), names=names, spans=tuple(spans), **document)
+
+
+def load_texts(
+    source: str | Path | Iterable[str] = "pocket", split: str = "train", register: str | None = None, limit: int | None = None
+) -> Sequence[Record]:
+    """Texts as records. Chapter `pocket`.
+
+    Args:
+        source: ``pocket``, the embedded texts; a ``.txt`` file (a text a line) or ``.jsonl`` file (the key ``text`` of each line); a
+            data set of the Hub (``org/name``), streamed by ``datasets``; or any iterable of strings.
+        split: train, validation or test, for ``pocket`` and the Hub.
+        register: of the embedded texts, keep only these records.
+        limit: at most this many texts; the Hub needs it.
+
+    Raises:
+        ValueError: unknown source, split or register; no texts.
+        ImportError: a Hub name, and ``datasets`` is not installed.
+    """
+    if not isinstance(source, str | Path):
+        records = [Record(text) for text in itertools.islice(source, limit)]
+    elif source == "pocket":
+        records = _embedded(split)
+    elif Path(source).is_file():
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines] if str(source).endswith(".jsonl") else lines
+        records = [Record(text) for text in texts if text.strip()]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        records = _hub(str(source), split, limit)
+    else:
+        files = [path.name for path in Path(source).parent.glob("*") if path.suffix in (".txt", ".jsonl")]
+        near = difflib.get_close_matches(Path(source).name, ["pocket", *files], n=3, cutoff=0.3) or ["pocket"]
+        raise ValueError(f"texts must be 'pocket', a .txt or .jsonl file, or org/name, got {str(source)!r}; nearest: {', '.join(near)}")
+    if register is not None:
+        known = sorted({record.register for record in records})
+        if register not in known:
+            raise ValueError(f"register must be one of {', '.join(known)}, got {register!r}")
+        records = [record for record in records if record.register == register]
+    if not records or not any(record.text.strip() for record in records):
+        raise ValueError(f"texts must not be empty, got {len(records)} of them without a character; check the source")
+    return records[:limit]
+
+
+def _embedded(split: str) -> list[Record]:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return read_records(TEXTS / f"{split}.jsonl.xz")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of one compressed file, as the embedded texts are stored."""
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [_record(json.loads(line)) for line in lines]
+
+
+def _hub(name: str, split: str, limit: int | None) -> list[Record]:
+    try:
+        import datasets
+    except ImportError as missing:
+        raise ImportError(f"{name!r} is on the Hub: reading it needs the package datasets; pip install datasets") from missing
+    if limit is None:
+        raise ValueError(f"limit must be given for a data set of the Hub such as {name!r}; how many texts are wanted?")
+    return [Record(row["text"]) for row in datasets.load_dataset(name, split=split, streaming=True).take(limit)]
 
 
 class PlantedDictionary:
@@ -85,14 +231,14 @@ class PlantedDictionary:
         self,
         n_features: int,
         d_in: int,
-        active: float = 3.0,
+        active: float | int = 3.0,
         *,
-        zipf: float = 0.0,
+        zipf: float | int = 0.0,
         hierarchy: tuple[int, ...] = (),
         exclusive: bool = True,
-        correlation: float = 0.0,
-        noise: float = 0.0,
-        spread: float = 0.25,
+        correlation: float | int = 0.0,
+        noise: float | int = 0.0,
+        spread: float | int = 0.25,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):

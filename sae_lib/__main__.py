@@ -1,0 +1,31 @@
+"""The command line: ``python -m sae_lib <command>``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Sparse Autoencoders, Put to the Test."""
+
+
+@app.command()
+def pocket(
+    out: Path = typer.Option(Path(__file__).parent / "assets", help="Folder for the texts and the model."),
+    tokens: int = typer.Option(30_000_000, min=1, help="Training tokens."),
+    seed: int = typer.Option(0, help="Seed of texts, weights and data."),
+) -> None:
+    """Make the embedded texts and language model; goes on where an earlier run stopped."""
+    from sae_lib.pocket.build import build, restart_with_fast_memory
+
+    restart_with_fast_memory()
+    build(out, tokens, seed)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,395 @@
+"""Stories, facts, foreign sentences and code: documents whose latent variables are known.
+
+A document is written with *marks*: ``the ⟨noun cow|cows⟩`` is the text "the cows" in which characters 4 to 8 fill the slot ``noun``
+with the value ``cow`` (without a value, the text is the value). ``data.Record`` turns marks into spans, so that every word which
+the generator chose carries what the generator meant.
+
+What makes the texts learnable: a story keeps to one topic, tense, sentiment and hero; nouns come back; each noun has its favourite
+adjectives and each verb its favourite objects; words earlier in a list are more frequent (Zipf). Chapter: ``pocket``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sae_lib.pocket import lexicon
+from sae_lib.pocket.dice import Dice
+from sae_lib.pocket.lexicon import gerund, is_mass, past, plural, third
+
+LIMIT = 127  # tokens in a document; one more, the beginning-of-sequence token, fills the context of 128
+LANGUAGES = sorted(lexicon.FOREIGN)
+REGISTERS = {"story": 0.72, "fact": 0.12, "foreign": 0.09, "code": 0.07}  # share of documents
+
+
+def mark(slot: str, text: str, value: str | int | None = None) -> str:
+    """``text`` that fills ``slot`` with ``value`` (by default the text itself)."""
+    return f"⟨{slot}|{text}⟩" if value is None or value == text else f"⟨{slot} {value}|{text}⟩"
+
+
+def plain(marked: str) -> str:
+    """The text without its marks."""
+    return re.sub(r"⟨[^|]*\|([^⟩]*)⟩", r"\1", marked)
+
+
+def length(marked: str) -> int:
+    """Tokens in a generated text: words, single digits, punctuation marks and ends of lines (each is one token)."""
+    return len(re.findall(r"[^\W\d_]+|\d|[^\w ]|_", plain(marked)))
+
+
+def article(phrase: str) -> str:
+    return ("an " if plain(phrase)[0] in "aeiou" else "a ") + phrase
+
+
+def _favourites() -> tuple[dict[str, list[str]], dict[tuple[str, str], list[str]]]:
+    """For each noun its adjectives, for each topic and verb its objects: the habits of this small world."""
+    dice = Dice("favourites")
+    every_adjective = sorted({word for topic in lexicon.TOPICS.values() for word in topic.adjectives})
+    adjectives = {noun: dice.sample(every_adjective, 3) for noun in lexicon.COMMON_NOUNS}
+    objects = {}
+    for name, topic in lexicon.TOPICS.items():
+        for noun in topic.nouns:
+            adjectives[noun] = dice.sample(topic.adjectives, 3) + [dice.pick(every_adjective)]
+        for verb in topic.verbs:
+            objects[name, verb] = dice.sample(topic.nouns, 6)
+    return adjectives, objects
+
+
+ADJECTIVES, OBJECTS = _favourites()
+COMMON_NOUNS = Dice("common nouns").shuffled(lexicon.COMMON_NOUNS)  # their list is alphabetical, frequency must not be
+
+
+class Story:
+    """One story: its latent variables, and phrases that agree with them.
+
+    Args:
+        dice: source of chance.
+    """
+
+    def __init__(self, dice: Dice) -> None:
+        self.dice = dice
+        self.topic = dice.pick(list(lexicon.TOPICS))
+        self.words = lexicon.TOPICS[self.topic]
+        self.tense = "past" if dice.chance(0.6) else "present"
+        self.sentiment = dice.pick(("glad", "sad"))
+        self.gender = dice.pick(("female", "male"))
+        self.hero = dice.zipf(lexicon.GIRLS if self.gender == "female" else lexicon.BOYS)
+        self.friend = dice.zipf([name for name in lexicon.BOYS + lexicon.GIRLS[::-1] if name != self.hero])
+        self.role = dice.zipf(self.words.roles)
+        self.place = dice.zipf(self.words.places)
+        self.mentioned: list[str] = []
+
+    # Words
+    def is_past(self) -> bool:
+        return self.tense == "past"
+
+    def name(self) -> str:
+        return mark("name", self.hero)
+
+    def other(self) -> str:
+        return mark("name", self.friend)
+
+    def pronoun(self, she: str, he: str) -> str:
+        return mark("pronoun", she if self.gender == "female" else he, self.hero)
+
+    def subject(self, first: bool = True) -> str:
+        """The hero, by name or pronoun; ``first`` in the sentence or not."""
+        if self.dice.chance(0.35):
+            return self.name()
+        return self.pronoun("She", "He") if first else self.pronoun("she", "he")
+
+    def his(self) -> str:
+        return self.pronoun("her", "his")
+
+    def him(self) -> str:
+        return self.pronoun("her", "him")
+
+    def inflected(self, verb: str, many: bool = False) -> str:
+        return mark("verb", past(verb) if self.is_past() else verb if many else third(verb), verb)
+
+    def be(self, many: bool = False) -> str:
+        text = ("were" if many else "was") if self.is_past() else ("are" if many else "is")
+        return mark("verb", text, "be")
+
+    def any_verb(self) -> str:
+        return self.dice.zipf(self.words.verbs)
+
+    def noun(self, verb: str | None = None) -> str:
+        """A base form: often one of the story's nouns again, else one that the verb likes, else any."""
+        if self.mentioned and self.dice.chance(0.45):
+            return self.dice.pick(self.mentioned)
+        if verb and self.dice.chance(0.6):
+            noun = self.dice.zipf(OBJECTS[self.topic, verb])
+        else:
+            noun = self.dice.zipf(COMMON_NOUNS) if self.dice.chance(0.15) else self.dice.zipf(self.words.nouns)
+        self.mentioned = [*self.mentioned, noun][-4:]
+        return noun
+
+    def adjective(self, noun: str) -> str:
+        favourite = self.dice.chance(0.75)
+        return mark(
+            "adjective", self.dice.zipf(ADJECTIVES[noun]) if favourite else self.dice.zipf(self.words.adjectives)
+        )
+
+    def feeling(self) -> str:
+        return mark("feeling", self.dice.zipf(lexicon.GLAD if self.sentiment == "glad" else lexicon.SAD))
+
+    def one(self, noun: str) -> str:
+        return mark("noun", noun)
+
+    def many(self, noun: str) -> str:
+        """The plural, where the noun has one that the vocabulary knows."""
+        return mark("noun", plural(noun) if noun in self.words.nouns else noun, noun)
+
+    def has_plural(self, noun: str) -> bool:
+        return noun in self.words.nouns and not is_mass(noun)
+
+    def phrase(self, noun: str) -> str:
+        """``the muddy cow``, ``three cows``, ``a cow``."""
+        adjective = self.adjective(noun) + " " if self.dice.chance(0.4) else ""
+        kind = self.dice.random()
+        if self.has_plural(noun) and kind < 0.15:
+            number = self.dice.between(2, 9)
+            return f"{mark('number', lexicon.NUMBERS[number - 1], number)} {adjective}{self.many(noun)}"
+        if self.has_plural(noun) and kind < 0.35:
+            return f"the {adjective}{self.many(noun)}"
+        if not is_mass(noun) and kind < 0.55:
+            return article(adjective + self.one(noun))
+        return f"the {adjective}{self.one(noun)}"
+
+    def action(self, many: bool = False) -> str:
+        """A verb with its object: ``fed the hungry goat``."""
+        verb = self.any_verb()
+        return f"{self.inflected(verb, many)} {self.phrase(self.noun(verb))}"
+
+    def wish(self) -> str:
+        verb = self.any_verb()
+        return f"{mark('verb', verb)} {self.phrase(self.noun(verb))}"
+
+    def at(self) -> str:
+        return mark("place", self.place if self.dice.chance(0.6) else self.dice.zipf(self.words.places))
+
+    def when(self) -> str:
+        return self.dice.zipf(
+            ("Later", "In the morning", "At night", "After lunch", f"On {mark('day', self.dice.pick(lexicon.DAYS))}")
+        )
+
+    # Whole
+    def opening(self) -> str:
+        role, city = mark("role", self.role), mark("city", self.dice.zipf(list(lexicon.CAPITALS)))
+        return self.dice.zipf(
+            (
+                f"{self.name()} {self.be()} {article(role)} from {city}.",
+                f"One day, {self.name()} the {role} {self.inflected('go')} to the {mark('place', self.place)}.",
+                f"This is a story about {article(role)} called {self.name()}.",
+                f"In {mark('month', self.dice.pick(lexicon.MONTHS))}, {article(role)} named {self.name()} {self.inflected('come')} to {city}.",
+            )
+        )
+
+    def ending(self) -> str:
+        return self.dice.zipf(
+            (
+                f"{self.name()} {self.be()} {self.feeling()}.",
+                f"In the end, {self.name()} and {self.other()} {self.be(True)} {self.feeling()}.",
+                f"It {self.be()} {article(self.feeling())} day for {self.name()}.",
+            )
+        )
+
+    def text(self) -> str:
+        sentences, ending = [self.opening()], self.ending()
+        for _ in range(self.dice.between(4, 9)):
+            sentence = self.dice.zipf(SENTENCES)(self)
+            if length(" ".join([*sentences, sentence, ending])) > LIMIT:
+                break
+            sentences.append(sentence)
+        return " ".join([*sentences, ending])
+
+    def labels(self) -> dict:
+        return {
+            "topic": self.topic,
+            "tense": self.tense,
+            "sentiment": self.sentiment,
+            "gender": self.gender,
+            "names": [self.hero, self.friend],
+        }
+
+
+def _description(story: Story) -> str:
+    noun = story.noun()
+    many = story.has_plural(noun) and story.dice.chance(0.5)
+    thing = story.many(noun) if many else story.one(noun)
+    return f"The {thing} in the {story.at()} {story.be(many)} {story.adjective(noun)} and {story.adjective(noun)}."
+
+
+def _reason(story: Story) -> str:
+    noun = story.noun()
+    return f"{story.subject()} {story.be()} {story.feeling()} because the {story.one(noun)} {story.be()} {story.adjective(noun)}."
+
+
+def _question(story: Story) -> str:
+    noun = story.noun()
+    answer = story.dice.pick(("Yes", "No"))
+    return f"{'Was' if story.is_past() else 'Is'} the {story.one(noun)} {story.adjective(noun)}? {answer}, it {story.be()}."
+
+
+def _denial(story: Story) -> str:
+    auxiliary = "did" if story.is_past() else "does"
+    return f"{story.subject()} {auxiliary} not {story.wish()}, but {story.other()} {story.action()}."
+
+
+def _speech(story: Story) -> str:
+    start = story.dice.zipf(("I want to", "We must", "Please", "I will", "Do not"))
+    return f'"{start} {story.wish()}," {story.inflected("say")} {story.name()}.'
+
+
+def _taste(story: Story) -> str:
+    verb = story.any_verb()
+    noun = story.noun(verb)
+    return f"{story.subject()} {story.inflected('like')} {mark('verb', gerund(verb), verb)} the {story.one(noun)}."
+
+
+def _clause(story: Story) -> str:
+    verb = story.any_verb()
+    noun = story.noun(verb)
+    return f"The {story.one(noun)} that {story.name()} {story.inflected(verb)} {story.be()} {story.adjective(noun)}."
+
+
+SENTENCES = (
+    lambda story: f"{story.subject()} {story.action()} in the {story.at()}.",
+    lambda story: f"{story.subject()} {story.action()}.",
+    lambda story: f"{story.subject()} {mark('adverb', story.dice.zipf(lexicon.ADVERBS))} {story.action()}.",
+    _description,
+    _reason,
+    lambda story: f"{story.other()} {story.action()} with {story.him()}.",
+    _speech,
+    lambda story: f"{story.name()} and {story.other()} {story.action(many=True)} at the {story.at()}.",
+    lambda story: f"{story.when()}, {story.subject(first=False)} {story.action()}.",
+    _denial,
+    lambda story: (
+        f"{story.when()}, the {mark('role', story.role)} {story.action()} for {story.his()} {story.one(story.noun())}."
+    ),
+    _clause,
+    _taste,
+    _question,
+    lambda story: f"{story.subject()} {story.action()}, {story.phrase(story.noun())} and {story.phrase(story.noun())}.",
+)
+
+
+def facts(dice: Dice) -> str:
+    """Four to nine true statements: kinds of things, sums, order of numbers, days and months, capitals."""
+    return " ".join(dice.zipf(FACTS)(dice) for _ in range(dice.between(4, 9)))
+
+
+def _kind(dice: Dice) -> str:
+    kind = dice.pick(list(lexicon.KINDS))
+    member = mark("noun", dice.zipf(lexicon.KINDS[kind]))
+    if kind in ("metal", "food", "clothing"):
+        return f"Some {mark('kind', kind)} is called {member}."
+    return f"{'An' if plain(member)[0] in 'aeiou' else 'A'} {member} is {article(mark('kind', kind))}."
+
+
+def _number(value: int) -> str:
+    return mark("number", lexicon.NUMBERS[value - 1], value)
+
+
+def _sum(dice: Dice) -> str:
+    left, right = dice.between(1, 10), dice.between(1, 10)
+    return f"The sum of {_number(left)} and {_number(right)} is {_number(left + right)}."
+
+
+def _order(dice: Dice) -> str:
+    small, large = sorted(dice.sample(range(1, 21), 2))
+    return f"The number {_number(large)} is more than {_number(small)}."
+
+
+def _next(slot: str, names: list[str], dice: Dice) -> str:
+    place = dice.roll(len(names))
+    return f"The {slot} after {mark(slot, names[place])} is {mark(slot, names[(place + 1) % len(names)])}."
+
+
+def _capital(dice: Dice) -> str:
+    city = dice.zipf(list(lexicon.CAPITALS))
+    return f"The city of {mark('city', city)} is in {mark('country', lexicon.CAPITALS[city])}."
+
+
+FACTS = (
+    _kind,
+    _sum,
+    _capital,
+    lambda dice: _next("day", lexicon.DAYS, dice),
+    lambda dice: _next("month", lexicon.MONTHS, dice),
+    _order,
+)
+
+
+def foreign(dice: Dice, language: str) -> str:
+    """Four to eight sentences of subject, verb, object and sometimes a phrase, in French, German or Spanish."""
+    parts = lexicon.FOREIGN[language]
+    sentences = []
+    for _ in range(dice.between(4, 8)):
+        subject = dice.zipf(parts["subjects"])
+        words = [
+            mark("subject", subject[0].upper() + subject[1:], subject),
+            mark("verb", dice.zipf(parts["verbs"])),
+            mark("object", dice.zipf(parts["objects"])),
+        ]
+        if dice.chance(0.6):
+            words.append(mark("phrase", dice.zipf(parts["phrases"])))
+        sentences.append(" ".join(words) + ".")
+    return " ".join(sentences)
+
+
+VARIABLES = "value item name line text key result count index node path data".split()
+FUNCTIONS = "find load update check read count open save get make".split()
+
+
+def code(dice: Dice) -> str:
+    """A short function in the manner of Python, or two; variables come back in their scope."""
+    return "\n".join(_function(dice) for _ in range(dice.between(1, 2)))
+
+
+def _function(dice: Dice) -> str:
+    given, inner, out = (mark("identifier", name) for name in dice.sample(VARIABLES, 3))
+    digit = mark("number", str(dice.roll(10)))
+    lines = [
+        f"def {mark('function', dice.zipf(FUNCTIONS))}({given}):",
+        f"    {out} = {dice.zipf(('[]', '0', 'None', digit))}",
+    ]
+    body = dice.zipf(
+        (
+            f"        if {inner} == {digit}:\n            return {inner}",
+            f"        if not {inner}:\n            continue",
+            f"        {out}.append({inner})",
+            f"        print({inner})",
+            f"        {out} = {out} + {inner}",
+        )
+    )
+    lines += dice.zipf(
+        (
+            [f"    for {inner} in {given}:", body],
+            [f"    while {inner} < {digit}:", body],
+            [f"    if {given} is None:", f"        raise ValueError({given})"],
+            [f"    with open({given}) as {inner}:", f"        {out} = {inner}.read()"],
+        )
+    )
+    return "\n".join([*lines, f"    return {dice.zipf((out, given, 'None'))}"])
+
+
+def document(dice: Dice, register: str | None = None) -> dict:
+    """One document: its ``register``, its labels and its ``marked`` text, as ``data.Record`` reads them.
+
+    Args:
+        dice: source of chance.
+        register: one of ``REGISTERS``; drawn by their shares if not given.
+    """
+    register = register or dice.weighted(REGISTERS)
+    if register == "story":
+        story = Story(dice)
+        return {"register": register, "marked": story.text(), **story.labels()}
+    if register == "fact":
+        return {"register": register, "marked": facts(dice)}
+    if register == "foreign":
+        language = dice.pick(LANGUAGES)
+        return {"register": register, "marked": foreign(dice, language), "language": language}
+    if register == "code":
+        return {"register": register, "marked": code(dice), "language": "python"}
+    raise ValueError(f"register must be one of {', '.join(REGISTERS)}, got {register!r}")
