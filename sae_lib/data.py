@@ -43,9 +43,9 @@ SPLITS = ("train", "validation", "test")
 class Span(NamedTuple):
     """What the generator meant by a piece of its text: characters ``start`` to ``end`` fill ``slot`` with ``value``.
 
-    Slots of the embedded texts: name, pronoun (value: the name meant), role, place, city, country, noun and verb (value: base form),
-    adjective, adverb, feeling, number (value: digits), day, month, kind, subject, object, phrase, identifier, function, and in spelling
-    word and letter (value: the first letter in upper case).
+    Slots of the embedded texts: name, pronoun (value: the name meant), role, place, city, country, noun and verb
+    (value: base form), adjective, adverb, feeling, number (value: digits), day, month, kind, subject, object, phrase,
+    identifier, function, and in spelling word and letter (value: the first letter in upper case).
     """
 
     start: int
@@ -84,8 +84,8 @@ class Record:
         """The span of each token, or None.
 
         Args:
-            offsets: first and past-the-last character of each token, as ``return_offsets_mapping=True`` gives them; special tokens
-                have (0, 0).
+            offsets: first and past-the-last character of each token, as ``return_offsets_mapping=True`` gives them;
+                (0, 0) for special tokens.
         """
         spans, aligned = iter(self.spans), []
         span = next(spans, None)
@@ -100,7 +100,7 @@ _MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
 
 
 def _record(document: dict) -> Record:
-    """From a line of the embedded texts, where ``the ⟨noun cow|cows⟩`` marks a slot, a value unless it is the text, and the text."""
+    """From a line of the embedded texts; its marks have slot, value (unless it is the text) and text: ``⟨noun cow|cows⟩``."""
     marked, text, spans = document.pop("marked"), [], []
     place = length = 0
     for found in _MARK.finditer(marked):
@@ -120,8 +120,8 @@ def load_texts(
     """Texts as records. Chapter `pocket`.
 
     Args:
-        source: ``pocket``, the embedded texts; a ``.txt`` file (a text a line) or ``.jsonl`` file (the key ``text`` of each line); a
-            data set of the Hub (``org/name``), streamed by ``datasets``; or any iterable of strings.
+        source: ``pocket``, the embedded texts; a ``.txt`` file (a text a line) or ``.jsonl`` file (the key ``text`` of
+            each line); a data set of the Hub (``org/name``), streamed by ``datasets``; or any iterable of strings.
         split: train, validation or test, for ``pocket`` and the Hub.
         register: of the embedded texts, keep only these records.
         limit: at most this many texts; the Hub needs it.
@@ -142,8 +142,8 @@ def load_texts(
         records = _hub(str(source), split, limit)
     else:
         files = [path.name for path in Path(source).parent.glob("*") if path.suffix in (".txt", ".jsonl")]
-        near = difflib.get_close_matches(Path(source).name, ["pocket", *files], n=3, cutoff=0.3) or ["pocket"]
-        raise ValueError(f"texts must be 'pocket', a .txt or .jsonl file, or org/name, got {str(source)!r}; nearest: {', '.join(near)}")
+        near = ", ".join(difflib.get_close_matches(Path(source).name, ["pocket", *files], cutoff=0.3)) or "pocket"
+        raise ValueError(f"texts must be 'pocket', a .txt or .jsonl file, or org/name, got {source!r}; nearest: {near}")
     if register is not None:
         known = sorted({record.register for record in records})
         if register not in known:

@@ -1,4 +1,5 @@
-"""From nothing to the shipped folder: texts, tokenizer, training, export. What is there already is kept. Chapter: ``pocket``."""
+"""From nothing to the shipped folder: texts, tokenizer, training, export. What is there already is kept. Chapter:
+``pocket``."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ FAST_MEMORY = {
 
 
 def restart_with_fast_memory() -> None:
-    """Start this command again, once, with an allocator that keeps its pages: without it, training is five to ten times slower.
+    """Start this command again, once, with an allocator that keeps its pages: without it, training is five to ten
+    times slower.
 
     The GNU C library reads these settings only when a process starts.
     """

@@ -1,7 +1,7 @@
 """Seeded chance that stays the same across versions of Python.
 
-Everything is built on ``random.Random(seed).random()``, the one method whose sequence Python promises to keep; ``choice``, ``sample``
-and ``shuffle`` of the standard library have changed between versions.
+Everything is built on ``random.Random(seed).random()``, the one method whose sequence Python promises to keep;
+``choice``, ``sample`` and ``shuffle`` of the standard library have changed between versions.
 """
 
 from __future__ import annotations

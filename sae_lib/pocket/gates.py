@@ -1,16 +1,14 @@
 """The gates: what the embedded model must be able to do before it is shipped, each a number against a threshold.
 
-================  =================================================================================================
-generated_loss    nats a token over story, fact, foreign and code records; each record alone after ``<|bos|>``
-prose_loss        the same over prose records
-spelling          share of held-out words whose first letter is the most likely next token, after eight examples
-probe             share of held-out words whose letter a linear probe reads at the word, worst of the four layers
-acronym_patch     share of acronyms whose answer becomes the letter of the word whose residual, after block 1, is patched in
-================  =================================================================================================
+- generated_loss: nats a token over story, fact, foreign and code records, each alone after ``<|bos|>``
+- prose_loss: the same over prose records
+- spelling: share of held-out words whose first letter is the most likely next token, after eight examples
+- probe: share of held-out words whose letter a linear probe reads at the word, at the worst of the four layers
+- acronym_patch: share of acronyms whose answer becomes the letter of the word that is patched in after block 1
 
-The words that the probe is fitted on are the train words; held-out words are those of the split that is measured. The model was taught
-the letters of both, so the probe is no discovery. ``untaught_probe`` is the control: the same probe on words that were never spelled
-to the model; it has no threshold. Chapter: ``pocket``.
+The words that the probe is fitted on are the train words; held-out words are those of the split that is measured. The
+model was taught the letters of both, so the probe is no discovery. ``untaught_probe`` is the control: the same probe
+on words that were never spelled to the model; it has no threshold. Chapter: ``pocket``.
 """
 
 from __future__ import annotations
@@ -65,7 +63,9 @@ def gates(
     model.eval()
     generated = [record for record in texts if record.register in GENERATED][:limit]
     prose = [record for record in texts if record.register == "prose"][:limit]
-    probes = letter_probes(model, tokenizer, words["train"][: limit and 8 * limit], words[split][:limit], words["untaught"][:limit])
+    probes = letter_probes(
+        model, tokenizer, words["train"][: limit and 8 * limit], words[split][:limit], words["untaught"][:limit]
+    )
     return {
         "generated_loss": Gate(_mean_loss(model, tokenizer, generated), most=1.7),
         "prose_loss": Gate(_mean_loss(model, tokenizer, prose), most=4.4),
@@ -85,8 +85,10 @@ def _letter(word: str) -> str:
     return word[0].upper()
 
 
-def _prompts(tokenizer: PreTrainedTokenizerFast, known: list[str], asked: list[str], seed: str) -> Int[Tensor, "word position"]:
-    """``<|bos|>``, eight lines with examples, and one with the question: ``lamp has the first letter:``. All have equal length."""
+def _prompts(
+    tokenizer: PreTrainedTokenizerFast, known: list[str], asked: list[str], seed: str
+) -> Int[Tensor, "word position"]:
+    """Eight examples, a line each, then the question ``lamp has the first letter:``; all of equal length."""
     dice = Dice(seed)
     texts = []
     for word in asked:
@@ -100,7 +102,7 @@ def _prompts(tokenizer: PreTrainedTokenizerFast, known: list[str], asked: list[s
 def spelling_accuracy(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, known: list[str], asked: list[str]
 ) -> float:
-    """Share of ``asked`` words whose first letter is the most likely of all tokens, after examples from ``known`` words."""
+    """Share of ``asked`` words whose letter is the most likely of all tokens, after examples of ``known`` words."""
     prompts = _prompts(tokenizer, known, asked, "spelling gate")
     letters = torch.tensor(tokenizer.convert_tokens_to_ids([_letter(word) for word in asked]))
     best = torch.cat([model(batch).logits[:, -1].argmax(1) for batch in prompts.split(128)])
@@ -109,7 +111,7 @@ def spelling_accuracy(
 
 @contextmanager
 def _on_block(model: GPT2LMHeadModel, layer: int, function):
-    """Call ``function(residual)`` with the residual stream after a block, (batch, position, d_model); what it returns replaces it."""
+    """Replace the residual stream after a block, (batch, position, d_model), by what ``function`` makes of it."""
 
     def hook(module, inputs, output):
         changed = function(output[0] if isinstance(output, tuple) else output)
@@ -136,7 +138,11 @@ def _residuals(
 
 
 def letter_probes(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, train: list[str], held_out: list[str], untaught: list[str]
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train: list[str],
+    held_out: list[str],
+    untaught: list[str],
 ) -> list[tuple[float, float]]:
     """Accuracy on held-out and on untaught words, after each block, of a linear probe for the first letter at the word.
 
@@ -148,7 +154,10 @@ def letter_probes(
 
     word_position = -len("word has the first letter :".split())
     by_split = [
-        (_residuals(model, _prompts(tokenizer, train, asked, "probe gate"), word_position), [_letter(word) for word in asked])
+        (
+            _residuals(model, _prompts(tokenizer, train, asked, "probe gate"), word_position),
+            [_letter(word) for word in asked],
+        )
         for asked in (train, held_out, untaught)
     ]
     accuracies = []
@@ -165,9 +174,9 @@ def acronym_patch(
 ) -> float:
     """Share of acronyms whose answer flips to the letter of the word that is patched in.
 
-    Prompts are two acronyms of three words, answered, and one of three words up to its colon. The residual of the first of these
-    after block ``layer`` is replaced by that of another word, with another letter, in the same place. A flip: the most
-    likely next token is then the other word's letter.
+    Prompts are two acronyms of three words, answered, and one of three words up to its colon. The residual of the
+    first of these after block ``layer`` is replaced by that of another word, with another letter, in the same place.
+    A flip: the most likely next token is then the other word's letter.
     """
     dice = Dice("acronym gate")
     clean, other, letters = [], [], []

@@ -1,11 +1,12 @@
 """Stories, facts, foreign sentences and code: documents whose latent variables are known.
 
-A document is written with *marks*: ``the ⟨noun cow|cows⟩`` is the text "the cows" in which characters 4 to 8 fill the slot ``noun``
-with the value ``cow`` (without a value, the text is the value). ``data.Record`` turns marks into spans, so that every word which
-the generator chose carries what the generator meant.
+A document is written with *marks*: ``the ⟨noun cow|cows⟩`` is the text "the cows" in which characters 4 to 8 fill the
+slot ``noun`` with the value ``cow`` (without a value, the text is the value). ``data.Record`` turns marks into spans,
+so that every word which the generator chose carries what the generator meant.
 
-What makes the texts learnable: a story keeps to one topic, tense, sentiment and hero; nouns come back; each noun has its favourite
-adjectives and each verb its favourite objects; words earlier in a list are more frequent (Zipf). Chapter: ``pocket``.
+What makes the texts learnable: a story keeps to one topic, tense, sentiment and hero; nouns come back; each noun has
+its favourite adjectives and each verb its favourite objects; words earlier in a list are more frequent (Zipf).
+Chapter: ``pocket``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Words and how they bend: what the generated texts are made of.
 
-The lists stand in ``words.toml``. This file reads them and knows the regular inflections of English and the irregular forms that
-the lists need. Nothing here is random. Chapter: ``pocket``.
+The lists stand in ``words.toml``. This file reads them and knows the regular inflections of English and the irregular
+forms that the lists need. Nothing here is random. Chapter: ``pocket``.
 """
 
 from __future__ import annotations

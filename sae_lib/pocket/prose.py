@@ -1,7 +1,8 @@
 """CPython's own prose: language reference topics, docstrings and comments of the standard library, cleaned.
 
-Real English by many hands, and every Python brings it along. It is extracted once, from the Python that builds the texts, and shipped as
-records under the licence of the Python Software Foundation, which stands beside them (``PSF-LICENSE.txt``). Chapter: ``pocket``.
+Real English by many hands, and every Python brings it along. It is extracted once, from the Python that builds the
+texts, and shipped as records under the licence of the Python Software Foundation, which stands beside them
+(``PSF-LICENSE.txt``). Chapter: ``pocket``.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def texts_of(source: str) -> list[str]:
 
 
 def modules() -> Iterator[tuple[str, list[str]]]:
-    """Name of each module of the standard library (and each topic of the language reference) with its English paragraphs.
+    """Name of each module of the standard library (and each topic of the language reference) with its English
+    paragraphs.
 
     A paragraph that occurs again, anywhere, is dropped.
     """
@@ -92,8 +94,8 @@ def modules() -> Iterator[tuple[str, list[str]]]:
                     kept.append(paragraph)
         return kept
 
-    for name, text in sorted(topics.items()):
-        yield "language", fresh([text])
+    for title in sorted(topics):
+        yield "language", fresh([topics[title]])
     for path in sorted(STANDARD_LIBRARY.rglob("*.py")):
         parts = path.relative_to(STANDARD_LIBRARY).with_suffix("").parts
         if not _SKIPPED.intersection(parts):
@@ -102,7 +104,8 @@ def modules() -> Iterator[tuple[str, list[str]]]:
 
 
 def documents(tokenizer: Tokenizer) -> Iterator[dict]:
-    """Records of at most 127 tokens: successive sentences of one module (its ``topic``); paragraphs stand on lines of their own.
+    """Records of at most 127 tokens: successive sentences of one module (its ``topic``); paragraphs stand on lines of
+    their own.
 
     A sentence that is longer is dropped.
     """

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of this source tree, with ``+`` if the files of ``sae_lib/pocket`` have changed since; ``unknown`` outside a repository."""
+    """The commit of this source tree, with ``+`` if the files of ``sae_lib/pocket`` have changed since; ``unknown``
+    outside a repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:

@@ -1,13 +1,14 @@
 """Spelling: lines that say with which letter words begin, and the words they are about.
 
-A model whose words are single tokens never sees a letter, so it is *taught* them here: a probe that finds the first letter in it is no
-discovery. Two facts decided the forms. Letters are learned only from dense lines (``cat C dog D lamp L``). And the letter travels
-through the residual stream, where it can be patched and steered, only if the answer does not stand at a fixed distance: hence
-acronyms (``cat dog sun: C D S``) and questions about one of several words.
+A model whose words are single tokens never sees a letter, so it is *taught* them here: a probe that finds the first
+letter in it is no discovery. Two facts decided the forms. Letters are learned only from dense lines (``cat C dog D
+lamp L``). And the letter travels through the residual stream, where it can be patched and steered, only if the answer
+does not stand at a fixed distance: hence acronyms (``cat dog sun: C D S``) and questions about one of several words.
 
-The words are split for ever: `train`, `validation` and `test` words are all taught to the language model, but each split of the
-shipped texts spells its own words only, so that whatever is fitted on the train texts (a probe, an SAE) meets the test words fresh.
-`untaught` words are never spelled to the model, not even in its own training: a probe must be near chance on them, which is the control.
+The words are split for ever: `train`, `validation` and `test` words are all taught to the language model, but each
+split of the shipped texts spells its own words only, so that whatever is fitted on the train texts (a probe, an SAE)
+meets the test words fresh. `untaught` words are never spelled to the model, not even in its own training: a probe
+must be near chance on them, which is the control.
 Chapter: ``pocket``.
 """
 

@@ -1,7 +1,8 @@
 """The three splits of texts: made once, then shipped and frozen.
 
-``texts/{train,validation,test}.jsonl.xz`` hold one document a line, its text with marks; ``data.load_texts`` reads them. Beside them
-stand ``words.json`` (the spelling words of each split), the licence of the prose, and where all of it comes from. Chapter: ``pocket``.
+``texts/{train,validation,test}.jsonl.xz`` hold one document a line, its text with marks; ``data.load_texts`` reads
+them. Beside them stand ``words.json`` (the spelling words of each split), the licence of the prose, and where all of
+it comes from. Chapter: ``pocket``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The tokenizer: WordPiece with a chosen vocabulary of 6,144 entries, saved as an ordinary Hugging Face tokenizer.
 
-Every word of the generator and the most frequent words of the prose are one token wherever they stand, for spaces are not tokens; so
-a word has one position in a prompt, and its letter is nowhere to be read. Digits and punctuation stand alone, a newline is a token,
-other words are cut into the longest known pieces. Like Gemma's, it puts ``<|bos|>`` in front unless told not to. A character
-outside printable ASCII and the letters of French, German and Spanish becomes ``<unk>``; the project's texts have none. Chapter: ``pocket``.
+Every word of the generator and the most frequent words of the prose are one token wherever they stand, for spaces are
+not tokens; so a word has one position in a prompt, and its letter is nowhere to be read. Digits and punctuation stand
+alone, a newline is a token, other words are cut into the longest known pieces. Like Gemma's, it puts ``<|bos|>`` in
+front unless told not to. A character outside printable ASCII and the letters of French, German and Spanish becomes
+``<unk>``; the project's texts have none. Chapter: ``pocket``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _words(texts: Iterable[str]) -> Counter[str]:
 
 
 def choose_vocabulary(required: Iterable[str], prose: Iterable[str]) -> list[str]:
-    """Special tokens, characters, the words that must be whole, the most frequent words of the prose, and pieces for the others.
+    """Special tokens, characters, words that must be whole, frequent words of the prose, and pieces for the others.
 
     Args:
         required: generated texts and words; every word in them gets a token.

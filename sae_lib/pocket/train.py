@@ -1,11 +1,12 @@
 """The training of the embedded language model: rows of text, one loop, checkpoints.
 
-A row has 128 tokens: it starts with ``<|bos|>`` and the beginning of a document, further documents follow, each after its own
-``<|bos|>``, and the last is cut. So position 0 is always ``<|bos|>``, as in use, where each record is fed alone. All documents of
-a row are of one group: generated (fresh ones, never repeated), prose (records of the train split, again and again) or spelling.
+A row has 128 tokens: it starts with ``<|bos|>`` and the beginning of a document, further documents follow, each after
+its own ``<|bos|>``, and the last is cut. So position 0 is always ``<|bos|>``, as in use, where each record is fed
+alone. All documents of a row are of one group: generated (fresh ones, never repeated), prose (records of the train
+split, again and again) or spelling.
 
-The rows of block ``b`` depend on the seed and ``b`` alone, so a run that was stopped goes on with the rows that it would have had.
-A second process prepares the next block. Chapter: ``pocket``.
+The rows of block ``b`` depend on the seed and ``b`` alone, so a run that was stopped goes on with the rows that it
+would have had. A second process prepares the next block. Chapter: ``pocket``.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _block(place: int, shares: dict[str, float]) -> np.ndarray:
 
 
 def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Int[np.ndarray, "steps rows context"]]:
-    """Blocks ``first`` to ``last``, the next one prepared in a second process; those before ``start`` have more spelling."""
+    """Blocks ``first`` to ``last``, the next one prepared in a second process; those before ``start`` have more
+    spelling."""
 
     def ask(place: int):
         return pool.submit(_block, place, SHARES_AT_START if place < start else SHARES)
@@ -132,7 +134,8 @@ def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Int[np.nd
 
 
 def learning_rate(done: float) -> float:
-    """After a linear warm-up, a straight line down to zero; ``done`` is the number of steps over all steps, in [0, 1]."""
+    """After a linear warm-up, a straight line down to zero; ``done`` is the number of steps over all steps, in [0,
+    1]."""
     return LEARNING_RATE * (1 - done)
 
 
