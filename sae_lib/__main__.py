@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+ASSETS = Path(__file__).parent / "assets"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -16,9 +19,9 @@ def main() -> None:
 
 @app.command()
 def pocket(
-    out: Path = typer.Option(Path(__file__).parent / "assets", help="Folder for the texts and the model."),
-    tokens: int = typer.Option(30_000_000, min=1, help="Training tokens."),
-    seed: int = typer.Option(0, help="Seed of texts, weights and data."),
+    out: Annotated[Path, typer.Option(help="Folder for the texts and the model.")] = ASSETS,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 30_000_000,
+    seed: Annotated[int, typer.Option(help="Seed of texts, weights and data.")] = 0,
 ) -> None:
     """Make the embedded texts and language model; goes on where an earlier run stopped."""
     from sae_lib.pocket.build import build, restart_with_fast_memory

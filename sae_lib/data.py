@@ -100,7 +100,7 @@ _MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
 
 
 def _record(document: dict) -> Record:
-    """From a line of the embedded texts; its marks have slot, value (unless it is the text) and text: ``⟨noun cow|cows⟩``."""
+    """From a line of the embedded texts; ``⟨noun cow|cows⟩`` marks slot, value (left out if it is the text) and text."""
     marked, text, spans = document.pop("marked"), [], []
     place = length = 0
     for found in _MARK.finditer(marked):
@@ -115,7 +115,10 @@ def _record(document: dict) -> Record:
 
 
 def load_texts(
-    source: str | Path | Iterable[str] = "pocket", split: str = "train", register: str | None = None, limit: int | None = None
+    source: str | Path | Iterable[str] = "pocket",
+    split: str = "train",
+    register: str | None = None,
+    limit: int | None = None,
 ) -> Sequence[Record]:
     """Texts as records. Chapter `pocket`.
 
@@ -170,7 +173,7 @@ def _hub(name: str, split: str, limit: int | None) -> list[Record]:
     try:
         import datasets
     except ImportError as missing:
-        raise ImportError(f"{name!r} is on the Hub: reading it needs the package datasets; pip install datasets") from missing
+        raise ImportError(f"{name!r} is on the Hub, which needs datasets: pip install datasets") from missing
     if limit is None:
         raise ValueError(f"limit must be given for a data set of the Hub such as {name!r}; how many texts are wanted?")
     return [Record(row["text"]) for row in datasets.load_dataset(name, split=split, streaming=True).take(limit)]

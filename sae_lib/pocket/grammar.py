@@ -177,12 +177,13 @@ class Story:
     # Whole
     def opening(self) -> str:
         role, city = mark("role", self.role), mark("city", self.dice.zipf(list(lexicon.CAPITALS)))
+        month = mark("month", self.dice.pick(lexicon.MONTHS))
         return self.dice.zipf(
             (
                 f"{self.name()} {self.be()} {article(role)} from {city}.",
                 f"One day, {self.name()} the {role} {self.inflected('go')} to the {mark('place', self.place)}.",
                 f"This is a story about {article(role)} called {self.name()}.",
-                f"In {mark('month', self.dice.pick(lexicon.MONTHS))}, {article(role)} named {self.name()} {self.inflected('come')} to {city}.",
+                f"In {month}, {article(role)} named {self.name()} {self.inflected('come')} to {city}.",
             )
         )
 
@@ -223,13 +224,15 @@ def _description(story: Story) -> str:
 
 def _reason(story: Story) -> str:
     noun = story.noun()
-    return f"{story.subject()} {story.be()} {story.feeling()} because the {story.one(noun)} {story.be()} {story.adjective(noun)}."
+    start = f"{story.subject()} {story.be()} {story.feeling()}"
+    return f"{start} because the {story.one(noun)} {story.be()} {story.adjective(noun)}."
 
 
 def _question(story: Story) -> str:
     noun = story.noun()
     answer = story.dice.pick(("Yes", "No"))
-    return f"{'Was' if story.is_past() else 'Is'} the {story.one(noun)} {story.adjective(noun)}? {answer}, it {story.be()}."
+    be = "Was" if story.is_past() else "Is"
+    return f"{be} the {story.one(noun)} {story.adjective(noun)}? {answer}, it {story.be()}."
 
 
 def _denial(story: Story) -> str:

@@ -24,9 +24,10 @@ GENERATED_TOKENS = {"train": 1_450_000, "validation": 75_000, "test": 75_000}
 SPELLING_TOKENS = {"train": 350_000, "validation": 30_000, "test": 30_000}
 HELD_OUT_PROSE = 0.06  # share of the prose in validation, and again in test
 
-ATTRIBUTION = """The records of the register "prose" are taken from the documentation, docstrings and comments of CPython {version},
-shortened and cleaned. Copyright (c) 2001 and later, Python Software Foundation; all rights reserved. They are used and passed on
-under the licence below. All other texts are made by this project's generator and stand under the project's licence.
+ATTRIBUTION = """The records of the register "prose" are taken from the documentation, docstrings and comments
+of CPython {version}, shortened and cleaned. Copyright (c) 2001 and later, Python Software Foundation;
+all rights reserved. They are used and passed on under the licence below. All other texts are made by
+this project's generator and stand under the project's licence.
 
 """
 

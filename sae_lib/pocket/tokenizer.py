@@ -9,12 +9,16 @@ front unless told not to. A character outside printable ASCII and the letters of
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from sae_lib.pocket.provenance import write_json
 
 VOCABULARY = 6_144
 PIECES = 350  # word pieces of two letters and more
@@ -81,3 +85,10 @@ def build(vocabulary: list[str]) -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         padding_side="right",
     )
+
+
+def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write an ordinary Hugging Face tokenizer, under the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    write_json(config, json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})

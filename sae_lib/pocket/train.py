@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from sae_lib.data import Record
 from sae_lib.pocket import grammar, spelling
 from sae_lib.pocket.dice import Dice
-from sae_lib.pocket.provenance import write_bytes
+from sae_lib.pocket.provenance import commit, write_bytes
 from sae_lib.pocket.tokenizer import CONTEXT, VOCABULARY
 
 ROWS = 16  # in a batch
@@ -197,7 +197,7 @@ def train(
         seed: decides initial weights and data.
 
     Returns:
-        the model and ``{"step", "tokens", "seconds", "history"}``.
+        the model and ``{"step", "tokens", "seconds", "history", "commits"}``, a commit for each start.
 
     Raises:
         ValueError: the checkpoint is of a run with another seed or length.
@@ -207,13 +207,14 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     encode = AutoTokenizer.from_pretrained(tokenizer)
     steps = math.ceil(tokens / (ROWS * CONTEXT))
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "history": [], "of": [tokens, seed]}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "history": [], "commits": [], "of": [tokens, seed]}
     if checkpoint.exists():
         state = _resume(checkpoint, model, optimizer)
         if state["of"] != [tokens, seed]:
             raise ValueError(
                 f"{checkpoint} is of a run with tokens, seed = {state['of']}, got {[tokens, seed]}; remove it first"
             )
+    state["commits"].append(commit())
     first, last = state["step"] // STEPS, math.ceil(steps / STEPS)
     begun, saved = time.monotonic() - state["seconds"], time.monotonic()
     start_blocks = math.ceil(min(START, tokens / 10) / (STEPS * ROWS * CONTEXT))
