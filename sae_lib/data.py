@@ -100,7 +100,7 @@ _MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
 
 
 def _record(document: dict) -> Record:
-    """From a line of the embedded texts; ``⟨noun cow|cows⟩`` marks slot, value (left out if it is the text) and text."""
+    """From a line of the embedded texts; ``⟨noun cow|cows⟩`` marks slot, value (unless it is the text) and text."""
     marked, text, spans = document.pop("marked"), [], []
     place = length = 0
     for found in _MARK.finditer(marked):
