@@ -1,4 +1,4 @@
-"""The book's own rules: every chapter opens in Colab, runs at any scale, is stored without outputs, and stays readable."""
+"""The book's own rules: every chapter opens in Colab, runs at any scale, is stored without outputs, stays readable."""
 
 import ast
 import os
@@ -119,8 +119,8 @@ def test_a_chapter_is_short_and_defines_next_to_nothing(path):
     notebook = read(path)
     cells = [cell for cell in code(notebook) if cell.source != SET_UP]
     lines = [line for cell in cells for line in cell.source.splitlines() if line.strip() and line.strip()[0] != "#"]
-    definitions = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-    defined = [node.name for cell in cells for node in ast.walk(ast.parse(cell.source)) if isinstance(node, definitions)]
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell.source))]
+    defined = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
     assert len(notebook.cells) <= 48
     assert len(lines) <= 150
     assert len(defined) <= 3, defined
@@ -156,7 +156,8 @@ def test_every_citation_is_in_the_references(path):
 @each_page
 def test_no_picture_or_script_comes_from_the_network(path):
     text = path.read_text() if path.suffix == ".md" else "\n".join(cell.source for cell in read(path).cells)
-    assert re.findall(r"!\[[^\]]*\]\(\s*(?:https?:)?//|(?:src|data|srcset)\s*=\s*\W{0,2}(?:https?:)?//|@import", text) == []
+    remote = r"!\[[^\]]*\]\(\s*(?:https?:)?//|(?:src|data|srcset)\s*=\s*\W{0,2}(?:https?:)?//|@import"
+    assert re.findall(remote, text) == []
 
 
 @each_page

@@ -10,11 +10,15 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import sae_lib
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -137,6 +141,11 @@ def test_import_brings_torch_and_nothing_heavier():
     code = f"import sys, sae_lib; print([name for name in {heavy} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_shapes_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError, match="batch d_in"):
+        sae_lib.metrics.fvu(torch.ones(3), torch.ones(3))
 
 
 def imports_of(path: Path) -> set[str]:
