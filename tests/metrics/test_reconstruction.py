@@ -100,7 +100,7 @@ def test_dividing_by_the_bias_leaves_the_least_error():
 
 
 def test_undefined_numbers_are_nan():
-    constant = torch.full((5, 3), 0.1)
+    constant = torch.full((10, 3), 0.1, dtype=torch.float64)  # its mean is not quite 0.1
     assert math.isnan(fvu(constant, constant + 1))
     assert math.isnan(explained_variance(constant, constant))
     assert math.isnan(cosine(torch.zeros(2, 3), torch.ones(2, 3)))
@@ -137,7 +137,7 @@ def test_a_stream_has_the_numbers_of_all_its_tokens_at_once_whatever_the_batches
 
 
 def test_a_stream_has_nan_where_its_tokens_at_once_have():
-    constant = torch.full((5, 3), 0.1)
+    constant = torch.full((5, 3), 0.1, dtype=torch.float64)
     accumulator = Reconstruction()
     for part in (slice(0, 2), slice(2, 5)):
         accumulator.update(constant[part], torch.zeros(5, 3)[part], torch.ones(5, 2)[part])
@@ -153,6 +153,7 @@ def test_the_histogram_holds_every_living_latent_once():
     counts, edges = density_histogram(torch.tensor([0, 1e-9, 1e-6, 0.003, 0.03, 0.03, 1.0]), decades=3, bins_a_decade=1)
     assert counts.tolist() == [3, 2, 1]  # the lowest bin holds the rarest ones too
     assert edges.tolist() == pytest.approx([1e-3, 1e-2, 1e-1, 1])
+    assert density_histogram(edges, decades=3, bins_a_decade=1)[0].tolist() == [2, 1, 1]  # a bin holds its upper edge
     _, _, z = made_up()
     assert density_histogram(density(z))[0].sum() == 8  # of nine latents, one is dead
 
