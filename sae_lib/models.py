@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +63,7 @@ def load_model(
     """Open a language model, in evaluation mode, with frozen weights. Chapter `pocket`.
 
     Args:
-        name: `"pocket"` (embedded), a folder in Hugging Face's layout (config.json, *.safetensors, tokenizer), a name
+        name: `"pocket"` (embedded), a folder in Hugging Face's layout (config.json, safetensors, tokenizer), a name
             on the Hugging Face Hub, or a `TransformerBridge` that is already open.
         device: where it runs; by default the first GPU if there is one, else the CPU (a bridge stays where it is).
         dtype: of its weights; float32 by default, however they are stored (a bridge stays as it is).
@@ -88,8 +88,10 @@ def load_model(
     name = os.fspath(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = _source(name)
     try:
-        bridge = TransformerBridge.boot_transformers(_source(name), device=str(device), dtype=dtype or torch.float32)
+        with _silent_bars() if Path(source).is_dir() else nullcontext():
+            bridge = TransformerBridge.boot_transformers(source, device=str(device), dtype=dtype or torch.float32)
     except OSError as error:  # what Hugging Face raises for a name that it cannot find or reach
         raise ValueError(
             f"name must be one of {_embedded()}, a folder with a model, or a name on the Hugging Face Hub that can be "
@@ -101,6 +103,20 @@ def load_model(
 def _embedded() -> list[str]:
     """Names of the models that ship with the library."""
     return sorted(config.parent.name for config in ASSETS.glob("*/config.json"))
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    """No progress bars of Hugging Face's: reading a folder takes no time, and a page would keep them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _source(name: str) -> str:

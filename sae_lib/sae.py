@@ -155,7 +155,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
-        """Latents that have not fired for `dead_window` tokens: 5% of the run, at least one batch, at most 10 million."""
+        """Latents that have not fired for `dead_window` tokens, 5% of the run (at least a batch, at most 10 million)."""
         return self.tokens_since_fired >= self.dead_window
 
     @torch.no_grad()

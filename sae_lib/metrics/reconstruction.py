@@ -169,8 +169,8 @@ def density_histogram(
         bins_a_decade: number of bins from one power of ten to the next.
 
     Returns:
-        Counts (latents) and edges (one more, fractions). A bin holds its upper edge. Dead latents are in no bin:
-        there are ``len(densities) - counts.sum()``.
+        Counts (latents) and edges (one more, fractions). A bin holds its upper edge. There are
+        ``len(densities) - counts.sum()`` dead latents, which are in no bin.
 
     >>> counts, edges = density_histogram(torch.tensor([0.0, 0.05, 0.5, 1.0]), decades=2, bins_a_decade=1)
     >>> counts.tolist(), [round(edge, 2) for edge in edges.tolist()]
