@@ -1,6 +1,12 @@
 """What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
 
-from sae_lib.metrics.polysemanticity import effective_features, feature_dimensionality, mixedness, top_examples
+from sae_lib.metrics.polysemanticity import (
+    effective_features,
+    feature_correlations,
+    feature_dimensionality,
+    mixedness,
+    top_examples,
+)
 from sae_lib.metrics.reconstruction import (
     Reconstruction,
     alive,

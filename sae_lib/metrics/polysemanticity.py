@@ -34,6 +34,32 @@ def feature_dimensionality(W: Float[Tensor, "n_features d_hidden"]) -> Float[Ten
     return squared / interference.where(interference > 0, 1)
 
 
+def feature_correlations(
+    z: Float[Tensor, "tokens units"], truth: Float[Tensor, "tokens n_features"]
+) -> Float[Tensor, "units n_features"]:
+    """``corr(z_u, h_j)`` over tokens: how strongly each unit's activation follows each true feature.
+
+    Units: -1 to 1; 0 for a unit or a feature that never changes. Blind to: whatever does not move them together in a
+    straight line. Features that occur together correlate with the same units.
+
+    Args:
+        z: activations of the units.
+        truth: coefficients of the features on the same tokens.
+
+    Raises:
+        ValueError: if the numbers of tokens differ.
+
+    >>> feature_correlations(torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]), torch.tensor([[6.0], [4.0], [2.0]]))
+    tensor([[-1.],
+            [ 0.]])
+    """
+    z, truth = finite_matrices(z=z, truth=truth)
+    if len(z) != len(truth):
+        raise ValueError(f"truth must have the {len(z)} tokens of z, got {len(truth)}")
+    z, truth = (F.normalize((values - values.mean(0)).double(), dim=0) for values in (z, truth))
+    return (z.T @ truth).float()
+
+
 def effective_features(weights: Float[Tensor, "units n_features"]) -> Float[Tensor, " units"]:
     """``(sum_j w_j^2)^2 / sum_j w_j^4``: how many features a unit answers to, the participation ratio of its weights.
 
@@ -41,7 +67,7 @@ def effective_features(weights: Float[Tensor, "units n_features"]) -> Float[Tens
     how often each feature occurs.
 
     Args:
-        weights: of each feature on each unit, e.g. the cosine of a unit's direction with each feature's.
+        weights: of each feature on each unit, e.g. its `feature_correlations`.
 
     >>> effective_features(torch.tensor([[0.0, 3.0, 0.0], [1.0, 1.0, 0.0]]))
     tensor([1., 2.])

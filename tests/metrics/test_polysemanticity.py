@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lib.metrics.polysemanticity import effective_features, feature_dimensionality, mixedness, top_examples
+from sae_lib.metrics.polysemanticity import (
+    effective_features,
+    feature_correlations,
+    feature_dimensionality,
+    mixedness,
+    top_examples,
+)
 
 
 def polygon(n):
@@ -33,6 +39,15 @@ def test_effective_features_do_not_depend_on_signs_and_length():
     weights = torch.tensor([[1.0, -2, 3]])
     torch.testing.assert_close(effective_features(weights), torch.tensor([14**2 / 98]))
     torch.testing.assert_close(effective_features(-5 * weights), effective_features(weights))
+
+
+def test_correlations_ignore_shifts_and_scales_and_see_signs():
+    truth = torch.tensor([[0.0, 1], [1, 1], [0, 0], [1, 0]])
+    z = torch.stack([3 * truth[:, 0] + 7, -truth[:, 1], truth.sum(1)], 1)
+    expected = torch.tensor(
+        [[1.0, 0], [0, -1], [0.5**0.5, 0.5**0.5]]
+    )  # the features are independent, a sum has half of each
+    torch.testing.assert_close(feature_correlations(z, truth), expected)
 
 
 def test_each_document_gives_its_most_active_token():
@@ -89,6 +104,8 @@ def test_mixedness_does_not_grow_with_the_number_of_examples():
 @pytest.mark.usefixtures("as_a_user")
 def test_bad_input_is_refused():
     activations, documents = torch.ones(4, 1), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="truth must have the 4 tokens of z, got 3"):
+        feature_correlations(activations, torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"threshold must be a share of the maximum, in \[0, 1\], got 75"):
         top_examples(activations, documents, threshold=75)
     with pytest.raises(ValueError, match="most must be at least 1, got 0"):
