@@ -127,6 +127,14 @@ class Activations:
         self._iteration = weakref.ref(iteration)
         return iteration
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs, and the batches are."""
+        if isinstance(self.model, LanguageModel):
+            return self.model.device
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the first 1,000 texts, in their own order, or of the first 16 inputs.
@@ -194,7 +202,7 @@ class Activations:
     ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"] | None]:
         """Activations, and gradients if the stream has them, of what counts in one item of `sequences()`, in order."""
         if not isinstance(self.model, LanguageModel):
-            return _rows(_output(self.model, self.site, sequence), self.site), None
+            return _rows(_output(self.model, self.site, sequence.to(self.device)), self.site), None
         counted = self.model.content(sequence)
         if not self.grad:
             return self.model.activations(sequence, self.site)[counted], None
@@ -242,7 +250,8 @@ class _Iteration:
         if state is not None:
             self.forwards, self.offset, self.filled, self.ready, self.exhausted = state["position"].tolist()
             self.generator.set_state(state["generator"])
-            self._write([state[name] for name in ("x", "grad") if name in state], self.slots[: self.filled])
+            stored = [state[name].to(stream.device) for name in ("x", "grad") if name in state]
+            self._write(stored, self.slots[: self.filled])
         self.sequences = islice(stream.sequences(), self.forwards, None)
 
     def __iter__(self) -> _Iteration:
@@ -343,13 +352,12 @@ def _output(module: nn.Module, site: str, x: Tensor) -> Any:
         seen.append(output[0] if isinstance(output, tuple | list) else output)
         raise SiteReached
 
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     modes = [(part, part.training) for part in module.modules()]
     handle = module.get_submodule(site).register_forward_hook(stop)
     try:
         module.eval()
         with torch.no_grad(), suppress(SiteReached):
-            module(x.to(device))
+            module(x)
     finally:
         handle.remove()
         for part, training in modes:

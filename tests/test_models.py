@@ -366,6 +366,16 @@ def test_the_embedded_model_is_opened_by_its_name_like_any_folder(monkeypatch, t
         load_model("poket")
 
 
+def test_opening_a_folder_prints_nothing_and_leaves_progress_bars_as_they_were(capfd):
+    from transformers.utils import logging
+
+    for switch, shown in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
+        switch()
+        load_model(tiny_gpt2(), device="cpu")
+        assert logging.is_progress_bar_enabled() == shown
+    assert capfd.readouterr() == ("", "")
+
+
 def test_folders_that_hold_no_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json, \*.safetensors, tokenizer\*: write them there with"):
         load_model(tmp_path)
