@@ -120,8 +120,9 @@ def main() -> None:
     if failures:
         sys.exit(f"{len(failures)} chapters failed; no page was rendered")
 
+    print(f"Rendering {len(parse_toc_yaml(toc))} pages", flush=True)
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    rendered = subprocess.run([jupyter_book, "build", ROOT, "--toc", toc, "--all", *renderer_flags])
+    rendered = subprocess.run([jupyter_book, "build", ROOT, "--toc", toc, "--all", "--quiet", *renderer_flags])
     if rendered.returncode:
         sys.exit(rendered.returncode)
     print(f"Open {ROOT / '_build/html/index.html'}")

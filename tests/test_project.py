@@ -144,7 +144,7 @@ def test_import_brings_torch_and_nothing_heavier():
 
 
 def test_shapes_are_checked_in_tests():
-    with pytest.raises(jaxtyping.TypeCheckError, match="batch d_in"):
+    with pytest.raises(jaxtyping.TypeCheckError, match="d_in"):
         sae_lib.metrics.fvu(torch.ones(3), torch.ones(3))
 
 
