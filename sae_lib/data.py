@@ -10,7 +10,8 @@ import lzma
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
 
 TEXTS = Path(__file__).parent / "assets" / "texts"
 SPLITS = ("train", "validation", "test")
+FILES = (".txt", ".jsonl")
 
 
 class Span(NamedTuple):
@@ -67,7 +69,8 @@ class Record:
         sentiment: glad or sad.
         gender: of a story's hero, female or male.
         names: the hero and a friend.
-        spans: latent variables of the generator, in the order of the text.
+        marked: the text with the latent variables of its generator: in ``the ⟨noun cow|cows⟩``, "cows" fills the slot
+            noun with the value cow; without a value, the text is the value.
     """
 
     text: str
@@ -78,7 +81,18 @@ class Record:
     sentiment: str | None = None
     gender: str | None = None
     names: tuple[str, ...] = ()
-    spans: tuple[Span, ...] = ()
+    marked: str = field(default="", repr=False)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The latent variables of the generator, in the order of the text."""
+        spans, removed = [], 0
+        for found in _MARK.finditer(self.marked):
+            slot, value, inner = found.groups()
+            start = found.start() - removed
+            spans.append(Span(start, start + len(inner), slot, value or inner))
+            removed = found.end() - spans[-1].end
+        return tuple(spans)
 
     def align(self, offsets: Iterable[tuple[int, int]]) -> list[Span | None]:
         """The span of each token, or None.
@@ -97,21 +111,12 @@ class Record:
 
 
 _MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
+_MARKING = re.compile("⟨[^|]*\\||⟩")
 
 
 def _record(document: dict) -> Record:
-    """From a line of the embedded texts; ``⟨noun cow|cows⟩`` marks slot, value (unless it is the text) and text."""
-    marked, text, spans = document.pop("marked"), [], []
-    place = length = 0
-    for found in _MARK.finditer(marked):
-        slot, value, inner = found.groups()
-        text += marked[place : found.start()], inner
-        length += found.start() - place
-        spans.append(Span(length, length + len(inner), slot, value or inner))
-        place, length = found.end(), length + len(inner)
-    text.append(marked[place:])
     names = tuple(document.pop("names", ()))
-    return Record("".join(text), names=names, spans=tuple(spans), **document)
+    return Record(_MARKING.sub("", document["marked"]), names=names, **document)
 
 
 def load_texts(
@@ -136,15 +141,15 @@ def load_texts(
     if not isinstance(source, str | Path):
         records = [Record(text) for text in itertools.islice(source, limit)]
     elif source == "pocket":
-        records = _embedded(split)
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        records = read_records(TEXTS / f"{split}.jsonl.xz")
     elif Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines] if str(source).endswith(".jsonl") else lines
-        records = [Record(text) for text in texts if text.strip()]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        records = _file(Path(source))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in FILES:
         records = _hub(str(source), split, limit)
     else:
-        files = [path.name for path in Path(source).parent.glob("*") if path.suffix in (".txt", ".jsonl")]
+        files = [path.name for path in Path(source).parent.glob("*") if path.suffix in FILES]
         near = ", ".join(difflib.get_close_matches(Path(source).name, ["pocket", *files], cutoff=0.3)) or "pocket"
         raise ValueError(f"texts must be 'pocket', a .txt or .jsonl file, or org/name, got {source!r}; nearest: {near}")
     if register is not None:
@@ -157,16 +162,20 @@ def load_texts(
     return records[:limit]
 
 
-def _embedded(split: str) -> list[Record]:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return read_records(TEXTS / f"{split}.jsonl.xz")
-
-
 def read_records(path: Path) -> list[Record]:
     """The records of one compressed file, as the embedded texts are stored."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         return [_record(json.loads(line)) for line in lines]
+
+
+def _file(path: Path) -> list[Record]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return [Record(line) for line in lines]
+    try:
+        return [Record(json.loads(line)["text"]) for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"each line of {path} must be a JSON object with the key 'text', got {error!r}") from error
 
 
 def _hub(name: str, split: str, limit: int | None) -> list[Record]:

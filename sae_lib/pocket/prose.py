@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from sae_lib.pocket.grammar import LIMIT
+from sae_lib.pocket.marks import LIMIT
 
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 _SKIPPED = {"site-packages", "__pycache__", "lib2to3", "ensurepip", "pydoc_data"}

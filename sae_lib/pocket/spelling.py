@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 
 from sae_lib.pocket.dice import Dice
-from sae_lib.pocket.grammar import LIMIT, length, mark
+from sae_lib.pocket.marks import LIMIT, length, mark
 
 FORMS = {"dense": 0.25, "acronym": 0.30, "colon": 0.15, "phrase": 0.15, "question": 0.15}
 

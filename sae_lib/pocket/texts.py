@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lib.pocket import grammar, lexicon, prose, spelling, tokenizer
 from sae_lib.pocket.dice import Dice
+from sae_lib.pocket.marks import LIMIT, length, plain
 from sae_lib.pocket.provenance import commit, sha256, write_bytes, write_json
 
 SPLITS = ("train", "validation", "test")
@@ -37,7 +38,7 @@ def _some(draw: Callable[..., dict], arguments: tuple, tokens: int, unwanted: se
     while tokens > 0:
         document = draw(*arguments)
         if document["marked"] not in unwanted:
-            tokens -= grammar.length(document["marked"])
+            tokens -= length(document["marked"])
             yield document
 
 
@@ -52,11 +53,11 @@ def _licence() -> str:
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     dice = Dice(f"{seed} vocabulary")
-    generated = [grammar.plain(grammar.document(dice)["marked"]) for _ in range(10_000)]
+    generated = [plain(grammar.document(dice)["marked"]) for _ in range(10_000)]
     spelled = [spelling.LINES[form](dice, lexicon.DAYS) for form in spelling.FORMS]
     paragraphs = [paragraph for _, texts in prose.modules() for paragraph in texts]
     return tokenizer.build(
-        tokenizer.choose_vocabulary([*lexicon.words(), *generated, *map(grammar.plain, spelled)], paragraphs)
+        tokenizer.choose_vocabulary([*lexicon.words(), *generated, *map(plain, spelled)], paragraphs)
     )
 
 
@@ -104,13 +105,11 @@ def make_texts(folder: Path, tokens: PreTrainedTokenizerFast, seed: int) -> None
 def _count(documents: list[dict], tokens: PreTrainedTokenizerFast) -> dict[str, int]:
     """Tokens in each register, after a check of every document."""
     counts: dict[str, int] = {}
-    texts = [grammar.plain(document["marked"]) for document in documents]
+    texts = [plain(document["marked"]) for document in documents]
     for document, encoding in zip(
         documents, tokens.backend_tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
     ):
-        if not 0 < len(encoding.ids) <= grammar.LIMIT or tokens.unk_token_id in encoding.ids:
-            raise ValueError(
-                f"a document must have 1 to {grammar.LIMIT} known tokens, got {len(encoding.ids)}: {document}"
-            )
+        if not 0 < len(encoding.ids) <= LIMIT or tokens.unk_token_id in encoding.ids:
+            raise ValueError(f"a document must have 1 to {LIMIT} known tokens, got {len(encoding.ids)}: {document}")
         counts[document["register"]] = counts.get(document["register"], 0) + len(encoding.ids)
     return counts

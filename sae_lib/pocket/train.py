@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from sae_lib.data import Record
 from sae_lib.pocket import grammar, spelling
 from sae_lib.pocket.dice import Dice
+from sae_lib.pocket.marks import length, plain
 from sae_lib.pocket.provenance import commit, write_bytes
 from sae_lib.pocket.tokenizer import CONTEXT, VOCABULARY
 
@@ -96,8 +99,8 @@ class Rows:
                     room -= len(ids)
                 else:
                     document = spelling.document(dice, self.words) if group == "spelling" else grammar.document(dice)
-                    waiting.append((number, grammar.plain(document["marked"])))
-                    room -= grammar.length(document["marked"]) + 1
+                    waiting.append((number, plain(document["marked"])))
+                    room -= length(document["marked"]) + 1
         encodings = self.tokenizer.backend_tokenizer.encode_batch([text for _, text in waiting])
         for (number, _), encoding in zip(waiting, encodings, strict=True):
             rows[number] += encoding.ids
@@ -108,8 +111,10 @@ _rows: Rows  # of the second process
 
 
 def _prepare(*arguments) -> None:
+    """Set the second process up; it ends with the first, however that ends."""
     global _rows
     _rows = Rows(*arguments)
+    Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
 
 
 def _block(place: int, shares: dict[str, float]) -> np.ndarray:
