@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sae_lib.metrics.polysemanticity import top_examples
 from sae_lib.sparse import Code, above, top_of_batch, top_of_rows
 
 MOST = 30
@@ -259,6 +260,44 @@ def token_text(
     scale = f"<span>{-largest if negative else 0:.3g}</span><i></i><span>{largest:.3g}</span> {escape(value_label)}"
     scale = f'<p class="scale{" both" * negative}">{scale}</p>'
     return piece("text", f'{scale}{"".join(parts)}<p class="unseen" role="status"></p>', {"label": value_label})
+
+
+def unit_text(
+    activations: Float[Tensor, "tokens units"],
+    units: Sequence[int],
+    words: Sequence[str],
+    documents: Int[Tensor, " tokens"],
+    captions: Sequence[str],
+    most: int = 3,
+    around: int = 8,
+) -> Piece:
+    """The tokens on which each unit is most active, one a document, with what stands around them. Chapter `relu`.
+
+    Args:
+        activations: of neurons or latents on all tokens.
+        units: which of them to show, in this order.
+        words: the token of each row of `activations`.
+        documents: the number of each token's document; the tokens of a document stand together.
+        captions: what to say of each document; the unit and how often it is active stand before it.
+        most: examples a unit, at least 1.
+        around: tokens shown on either side, of the same document.
+
+    Raises:
+        ValueError: if no unit is active, or shapes do not fit.
+    """
+    if len(words) != len(activations):
+        raise ValueError(f"words must name each of the {len(activations)} tokens, got {len(words)}")
+    examples = top_examples(activations[:, list(units)], documents, threshold=0, most=most).tolist()
+    shown = [(unit, place) for unit, places in zip(units, examples, strict=True) for place in places if place >= 0]
+    tokens, values, lines = [], [], []
+    for unit, place in shown:
+        near = range(max(0, place - around), min(len(words), place + around + 1))
+        near = [i for i in near if documents[i] == documents[place]]
+        tokens.append([f"{words[i]} " for i in near])
+        values.append(activations[near, unit] / activations[:, unit].max())
+        often = (activations[:, unit] > 0).float().mean()
+        lines.append(f"{unit}, on {often:.2%} of tokens: {captions[documents[place]]}")
+    return token_text(tokens, values, lines, value_label="share of the unit's largest activation")
 
 
 # A knob that turns through figures ------------------------------------------------------------------------------------

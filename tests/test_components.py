@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sae_lib
-from sae_lib.components import RULES, Piece, Rule, selection_picture, slider, token_text
+from sae_lib.components import RULES, Piece, Rule, selection_picture, slider, token_text, unit_text
 from sae_lib.data import Batch
 
 SCORES = torch.tensor(
@@ -277,3 +277,17 @@ def test_in_a_browser_the_slider_turns_through_its_figures(page):
     assert page.locator("output").inner_text() == "c"
     assert page.locator("[type=range]").get_attribute("aria-valuetext") == "c"
     assert page.errors == []
+
+
+def test_a_units_best_tokens_are_shown_one_a_document_with_their_neighbours():
+    activations = torch.tensor([[0.0], [4.0], [3.0], [0.0], [2.0], [0.0]])
+    words, documents = ["a", "<b>", "c", "d", "e", "f"], torch.tensor([0, 0, 0, 1, 1, 1])
+    shown = unit_text(activations, [0], words, documents, ["first", "second"], most=2, around=1)
+    assert re.findall("<figcaption>(.*?)</figcaption>", shown) == [
+        "0, on 50.00% of tokens: first",
+        "0, on 50.00% of tokens: second",
+    ]
+    assert re.findall('data-value="(.*?)"', shown) == ["0", "1", "0.75", "0", "0.5", "0"], "shares of the maximum, 4"
+    assert "&lt;b&gt;" in shown
+    with pytest.raises(ValueError, match="words must name each of the 6 tokens, got 1"):
+        unit_text(activations, [0], ["a"], documents, ["first", "second"])
