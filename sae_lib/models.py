@@ -234,7 +234,7 @@ class LanguageModel:
         """Rows of token ids without BOS -> Tokens on the model's device, BOS first, padded to the longest row."""
         lengths = torch.tensor([len(row) + 1 for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids = torch.full(mask.shape, self.bos)  # any id may stand on padding: it is masked, and no token looks ahead
+        ids = torch.full(mask.shape, self.bos)  # any id may stand on padding: no token looks ahead
         ids[mask] = torch.tensor([token for row in rows for token in (self.bos, *row)])
         return Tokens(ids.to(self.device), mask.to(self.device))
 
@@ -278,14 +278,10 @@ class LanguageModel:
 
     # Running the model
 
-    def _run(self, tokens: Tokens, site: str | None = None, hook: Callable | None = None) -> Tensor:
-        """Logits, with at most one hook; the attention does not see padding."""
-        return self.bridge.run_with_hooks(
-            tokens.ids,
-            fwd_hooks=[] if hook is None else [(site, hook)],
-            return_type="logits",
-            attention_mask=None if tokens.mask.all() else tokens.mask.long(),
-        )
+    def _run(self, ids: Tensor, site: str | None = None, hook: Callable | None = None) -> Tensor:
+        """Logits, with at most one hook. Padding needs no mask: it stands on the right, and no token looks ahead."""
+        hooks = [] if hook is None else [(site, hook)]
+        return self.bridge.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits")
 
     def activations(self, tokens: Tokens | Tensor, site: str) -> Float[Tensor, "batch pos d_in"]:
         """Activations at a site, all positions; `content` tells which are text. Nothing after the site is computed."""
@@ -297,7 +293,7 @@ class LanguageModel:
             raise SiteReached
 
         with suppress(SiteReached):
-            self._run(self._checked(tokens), site, stop)
+            self._run(self._checked(tokens).ids, site, stop)
         return seen[0]
 
     def logits(
@@ -318,7 +314,7 @@ class LanguageModel:
             raise ValueError(f"site and patch must be given together, got site={site!r} and patch={patch!r}")
         tokens = self._checked(tokens)
         if patch is None:
-            return self._run(tokens)
+            return self._run(tokens.ids)
         self._check_replaceable(site)
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
@@ -328,7 +324,7 @@ class LanguageModel:
                 raise ValueError(f"patch must keep the shape {tuple(x.shape)}, got {tuple(replaced.shape)}")
             return replaced.to(activation.dtype).view_as(activation)
 
-        return self._run(tokens, site, replace)
+        return self._run(tokens.ids, site, replace)
 
     def loss(
         self, tokens: Tokens | Tensor, site: str | None = None, patch: Callable[[Tensor], Tensor] | None = None
