@@ -49,7 +49,7 @@ class Activations:
     Args:
         model: a `LanguageModel`, or any `torch.nn.Module`.
         site: one of `model.sites()`, or a name in `model.named_modules()`.
-        texts: strings, `Record`s (anything with `.text`) or mappings with `"text"`; read lazily, more than once.
+        texts: strings, records (anything with `.text`) or mappings with `"text"`; read lazily, more than once.
         inputs: batches that the module takes (of a tuple, the first item), read lazily, more than once; or one tensor,
             which is split into batches of 256.
         batch_size: tokens in a batch, at least 1.
