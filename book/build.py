@@ -118,7 +118,7 @@ def main() -> None:
     for chapter, traceback in failures:
         print(f"\n{chapter.relative_to(ROOT)} failed:\n{traceback}", file=sys.stderr)
     if failures:
-        sys.exit(f"{len(failures)} chapters failed; no page was rendered")
+        sys.exit(f"No page was rendered, because of {', '.join(chapter.stem for chapter, _ in failures)}")
 
     print(f"Rendering {len(parse_toc_yaml(toc))} pages", flush=True)
     jupyter_book = Path(sys.executable).with_name("jupyter-book")

@@ -48,6 +48,16 @@ def test_a_failing_chapter_is_reported_and_not_cached_while_others_are(root, cap
     assert cache.get_cache_record(record).data["execution_seconds"] > 0
 
 
+def test_a_failing_chapter_fails_the_build_before_anything_is_rendered(root, monkeypatch, capfd):
+    (root / "_config.yml").write_text("execute: {timeout: 60}")
+    monkeypatch.setattr(build, "ROOT", root)
+    monkeypatch.setattr("sys.argv", ["build.py", "--only", "fails", "text"])
+    with pytest.raises(SystemExit, match="No page was rendered, because of fails"):
+        build.main()
+    assert "book/fails.ipynb failed:" in capfd.readouterr().err
+    assert not (root / "_build/html").exists()
+
+
 def test_chapters_print_no_progress_bars(root, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     source = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    pass"
