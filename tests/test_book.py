@@ -15,6 +15,8 @@ import yaml
 from nbformat import NotebookNode
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+import sae_lib
+
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -151,6 +153,14 @@ def test_every_citation_is_in_the_references(path):
     known = re.findall(r"^@\w+\{([^,\s]+),", (BOOK / "references.bib").read_text(), flags=re.MULTILINE)
     assert cited <= set(known)
     assert len(set(known)) == len(known)
+
+
+def test_the_library_page_describes_every_public_name():
+    described = set(re.findall(r"auto(?:class|function):: sae_lib\.(?:\w+\.)*(\w+)", (BOOK / "api.md").read_text()))
+    values = vars(sae_lib) | vars(sae_lib.metrics)
+    public = {name for name, value in values.items() if callable(value) and not name.startswith("_")}
+    assert {"train", "TopKSAE", "fvu"} <= public
+    assert public <= described
 
 
 @each_page

@@ -73,7 +73,7 @@ def pca(stream: Iterable[Batch | Tensor], rank: int, tokens: int = 100_000) -> R
 
     Args:
         stream: anything that yields `Batch` or floating tensors of shape (batch, d_in); what it reads counts as
-        trained on.
+            trained on.
         rank: number of components, in [1, d_in].
         tokens: rows to compute the covariance from, at least 1; fewer if the stream ends.
 
