@@ -13,7 +13,8 @@ on words that were never spelled to the model; it has no threshold. Chapter: ``p
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,16 +64,16 @@ def gates(
     model.eval()
     generated = [record for record in texts if record.register in GENERATED][:limit]
     prose = [record for record in texts if record.register == "prose"][:limit]
-    probes = letter_probes(
-        model, tokenizer, words["train"][: limit and 8 * limit], words[split][:limit], words["untaught"][:limit]
-    )
+    asked = {name: Dice("words of the gates").shuffled(members) for name, members in words.items()}
+    held_out, untaught = asked[split][:limit], asked["untaught"][:limit]
+    probes = letter_probes(model, tokenizer, asked["train"][: limit and 8 * limit], held_out, untaught)
     return {
         "generated_loss": Gate(_mean_loss(model, tokenizer, generated), most=1.7),
         "prose_loss": Gate(_mean_loss(model, tokenizer, prose), most=4.4),
-        "spelling": Gate(spelling_accuracy(model, tokenizer, words["train"], words[split][:limit]), least=0.98),
-        "probe": Gate(min(held_out for held_out, _ in probes), least=0.97),
+        "spelling": Gate(spelling_accuracy(model, tokenizer, words["train"], held_out), least=0.98),
+        "probe": Gate(min(accuracy for accuracy, _ in probes), least=0.97),
         "acronym_patch": Gate(acronym_patch(model, tokenizer, words[split], limit or 500), least=0.95),
-        "untaught_probe": Gate(max(untaught for _, untaught in probes)),
+        "untaught_probe": Gate(max(accuracy for _, accuracy in probes)),
     }
 
 
@@ -105,7 +106,7 @@ def spelling_accuracy(
     """Share of ``asked`` words whose letter is the most likely of all tokens, after examples of ``known`` words."""
     prompts = _prompts(tokenizer, known, asked, "spelling gate")
     letters = torch.tensor(tokenizer.convert_tokens_to_ids([_letter(word) for word in asked]))
-    best = torch.cat([model(batch).logits[:, -1].argmax(1) for batch in prompts.split(128)])
+    best = torch.cat([model(batch, logits_to_keep=1).logits[:, -1].argmax(1) for batch in prompts.split(128)])
     return (best == letters).float().mean().item()
 
 
@@ -130,11 +131,18 @@ def _residuals(
 ) -> list[Float[Tensor, "word d_model"]]:
     """The residual stream after each block at one position of each prompt."""
     found: list[list[Tensor]] = [[] for _ in model.transformer.h]
-    for batch in prompts.split(128):
+    with ExitStack() as stack:
         for layer, states in enumerate(found):
-            with _on_block(model, layer, lambda residual, states=states: states.append(residual[:, position].clone())):
-                model(batch)
+            keep = partial(_keep, states, position)
+            stack.enter_context(_on_block(model, layer, keep))
+        for batch in prompts.split(128):
+            model.transformer(batch)
     return [torch.cat(states) for states in found]
+
+
+def _keep(states: list[Tensor], position: int, residual: Tensor) -> Tensor:
+    states.append(residual[:, position].clone())
+    return residual
 
 
 def letter_probes(
@@ -197,5 +205,5 @@ def acronym_patch(
         return residual
 
     with _on_block(model, layer, patch):
-        best = model(inputs[0]).logits[:, -1].argmax(1)
+        best = model(inputs[0], logits_to_keep=1).logits[:, -1].argmax(1)
     return (best == torch.tensor(tokenizer.convert_tokens_to_ids(letters))).float().mean().item()

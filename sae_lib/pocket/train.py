@@ -24,7 +24,7 @@ from threading import Thread
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from safetensors.torch import load_file, safe_open, save
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -85,7 +85,7 @@ class Rows:
         self.words, self.seed = words, seed
         self.prose = [encoding.ids for encoding in self.tokenizer.backend_tokenizer.encode_batch(prose)]
 
-    def block(self, place: int, shares: dict[str, float]) -> Int[np.ndarray, "steps rows context"]:
+    def block(self, place: int, shares: dict[str, float]) -> Integer[np.ndarray, "steps rows context"]:
         """Token ids of block ``place``, as uint16; ``shares`` of the rows belong to each group."""
         dice = Dice(f"{self.seed} block {place}")
         rows: list[list[int]] = [[] for _ in range(STEPS * ROWS)]
@@ -121,7 +121,7 @@ def _block(place: int, shares: dict[str, float]) -> np.ndarray:
     return _rows.block(place, shares)
 
 
-def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Int[np.ndarray, "steps rows context"]]:
+def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Integer[np.ndarray, "steps rows context"]]:
     """Blocks ``first`` to ``last``, the next one prepared in a second process; those before ``start`` have more
     spelling."""
 
@@ -153,8 +153,8 @@ def losses(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, records: 
     for start in range(0, len(records), 64):
         batch = records[start : start + 64]
         inputs = tokenizer([record.text for record in batch], padding=True, return_tensors="pt")
-        logits = model(**inputs).logits[:, :-1]
-        nats = F.cross_entropy(logits.transpose(1, 2), inputs.input_ids[:, 1:], reduction="none")
+        logits, asked = model(**inputs).logits[:, :-1], inputs.input_ids[:, 1:]
+        nats = F.cross_entropy(logits.flatten(0, 1), asked.flatten(), reduction="none").view_as(asked)
         real = inputs.attention_mask[:, 1:]
         for record, loss, tokens in zip(batch, (nats * real).sum(1).tolist(), real.sum(1).tolist(), strict=True):
             total[record.register] = total.get(record.register, 0.0) + loss
