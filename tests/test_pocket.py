@@ -21,6 +21,7 @@ from sae_lib.__main__ import app
 from sae_lib.data import SPLITS, TEXTS, Record, load_texts
 from sae_lib.pocket import build, gates, grammar, lexicon, marks, prose, provenance, spelling, train
 from sae_lib.pocket import tokenizer as tokenizers
+from sae_lib.pocket.card import card
 from sae_lib.pocket.dice import Dice
 
 MODEL = Path(sae_lib.__file__).parent / "assets" / "pocket"
@@ -499,4 +500,5 @@ def test_the_shipped_model_is_that_of_its_provenance():
     for name, digest in made["sha256"].items():
         path = TEXTS.parent / name if name.startswith("texts/") else MODEL / name
         assert provenance.sha256(path) == digest
+    assert (MODEL / "README.md").read_text(encoding="utf-8") == card(made)
     assert all(gate["passes"] for split in made["gates"].values() for gate in split.values())

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from sae_lib.data import read_records
 from sae_lib.pocket import texts, tokenizer
+from sae_lib.pocket.card import card
 from sae_lib.pocket.gates import gates
-from sae_lib.pocket.provenance import sha256, write_json
+from sae_lib.pocket.provenance import sha256, write_bytes, write_json
 from sae_lib.pocket.train import new_model, train
 
 HELD_OUT = 400  # validation records on which losses are reported during the training
@@ -64,7 +65,9 @@ def build(out: Path, tokens: int, seed: int) -> None:
     held_out = read_records(text_folder / "validation.jsonl.xz")[:HELD_OUT]
     model, state = train(checkpoint, folder, taught, prose, held_out, tokens, seed)
     export(model, folder)
-    write_json(folder / "provenance.json", provenance(folder, text_folder, state, seed))
+    made = provenance(folder, text_folder, state, seed)
+    write_bytes(folder / "README.md", card(made).encode())
+    write_json(folder / "provenance.json", made)
     checkpoint.unlink()
     checkpoint.parent.rmdir()
 
