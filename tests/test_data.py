@@ -1,12 +1,95 @@
 """Records and planted dictionaries."""
 
 import itertools
+import json
+import sys
 
 import pytest
 import torch
 
 from sae_lib import TopKSAE
-from sae_lib.data import PlantedDictionary
+from sae_lib.data import PlantedDictionary, Record, Span, load_texts
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+COWS = Record("Anna saw the cows.", marked="⟨name|Anna⟩ ⟨verb see|saw⟩ the ⟨noun cow|cows⟩.")
+
+
+def test_marks_become_spans_with_the_meant_value():
+    assert COWS.spans == (Span(0, 4, "name", "Anna"), Span(5, 8, "verb", "see"), Span(13, 17, "noun", "cow"))
+    assert Record("no marks").spans == ()
+
+
+def test_each_token_gets_the_span_that_it_is_part_of():
+    name, verb, noun = COWS.spans
+    offsets = [(0, 0), (0, 2), (2, 4), (5, 8), (9, 12), (13, 17), (17, 18)]  # BOS, An, na, saw, the, cows, full stop
+    assert COWS.align(offsets) == [None, name, name, verb, None, noun, None]
+
+
+def test_embedded_records_know_their_register_and_their_latent_variables():
+    stories = load_texts("pocket", split="validation", register="story", limit=20)
+    assert len(stories) == 20
+    for story in stories:
+        assert story.register == "story"
+        assert story.language == "en"
+        assert "⟨" not in story.text
+        assert story.names[0] in story.text
+        assert {"name", "noun", "verb"} <= {span.slot for span in story.spans}
+    spanish = [record for record in load_texts("pocket", "validation", "foreign") if record.language == "es"]
+    assert all(record.tense is None for record in spanish)
+    assert spanish
+
+
+def test_strings_and_files_are_plain_records(tmp_path):
+    assert load_texts(iter(["one", "two", "three"]), limit=2) == [Record("one"), Record("two")]
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\ntwo", "more": 1}) + "\n")
+    assert load_texts(tmp_path / "a.txt") == [Record("one"), Record("two")]
+    assert load_texts(str(tmp_path / "a.jsonl")) == [Record("one\ntwo")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "pockte"}, r"org/name, got 'pockte'; nearest: pocket"),
+        ({"source": "folder/a.txt"}, r"org/name, got 'folder/a.txt'"),
+        ({"split": "dev"}, "split must be one of train, validation, test, got 'dev'"),
+        ({"split": "test", "register": "poem"}, "register must be one of code, fact, foreign, prose, .*, got 'poem'"),
+        ({"source": []}, "texts must not be empty, got 0"),
+        ({"source": ["", " "]}, "texts must not be empty, got 2"),
+        ({"source": "org/name"}, "limit must be given for a data set of the Hub such as 'org/name'"),
+    ],
+)
+def test_texts_that_cannot_be_are_refused_with_rule_value_and_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_texts(**arguments)
+
+
+def test_a_missing_file_is_refused_with_those_that_are_there(tmp_path):
+    (tmp_path / "stories.txt").write_text("one")
+    with pytest.raises(ValueError, match=r"nearest: stories.txt"):
+        load_texts(tmp_path / "storys.txt")
+    (tmp_path / "bad.jsonl").write_text('{"texts": 1}')
+    with pytest.raises(ValueError, match="must be a JSON object with the key 'text'"):
+        load_texts(tmp_path / "bad.jsonl")
+
+
+def test_a_hub_name_streams_the_asked_number_of_texts(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return datasets.IterableDataset.from_generator(lambda: ({"text": str(number)} for number in itertools.count()))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_texts("org/name", split="train", limit=3) == [Record("0"), Record("1"), Record("2")]
+    assert asked == [("org/name", "train", True)]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        load_texts("org/name", limit=3)
+
 
 # Planted dictionaries -------------------------------------------------------------------------------------------------
 

@@ -74,9 +74,7 @@ def card(made: dict) -> str:
         device=made["device"],
         seed=made["seed"],
         versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
-        gates="\n".join(
-            _row(name, gate, made["gates"]["test"][name]) for name, gate in made["gates"]["validation"].items()
-        ),
+        gates="\n".join(_row(name, gate, test[name]) for name, gate in validation.items()),
         history="\n".join("| " + " | ".join(cells) + " |" for cells in history),
     )
 
