@@ -76,8 +76,7 @@ def texts_of(source: str) -> list[str]:
 
 
 def modules() -> Iterator[tuple[str, list[str]]]:
-    """Name of each module of the standard library (and each topic of the language reference) with its English
-    paragraphs.
+    """Name of each module of the standard library, and ``language`` for the language reference, with its paragraphs.
 
     A paragraph that occurs again, anywhere, is dropped.
     """
@@ -104,10 +103,9 @@ def modules() -> Iterator[tuple[str, list[str]]]:
 
 
 def documents(tokenizer: Tokenizer) -> Iterator[dict]:
-    """Records of at most 127 tokens: successive sentences of one module (its ``topic``); paragraphs stand on lines of
-    their own.
+    """Records of at most 127 tokens: successive sentences of one module, which is the ``topic``.
 
-    A sentence that is longer is dropped.
+    Paragraphs stand on lines of their own. A sentence that is too long is dropped.
     """
     for name, texts in modules():
         pieces = [

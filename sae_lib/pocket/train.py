@@ -122,8 +122,7 @@ def _block(place: int, shares: dict[str, float]) -> np.ndarray:
 
 
 def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Integer[np.ndarray, "steps rows context"]]:
-    """Blocks ``first`` to ``last``, the next one prepared in a second process; those before ``start`` have more
-    spelling."""
+    """Blocks ``first`` to ``last``, more spelling in those before ``start``; a second process prepares the next."""
 
     def ask(place: int):
         return pool.submit(_block, place, SHARES_AT_START if place < start else SHARES)
@@ -139,8 +138,7 @@ def blocks(first: int, last: int, start: int, rows: tuple) -> Iterator[Integer[n
 
 
 def learning_rate(done: float) -> float:
-    """After a linear warm-up, a straight line down to zero; ``done`` is the number of steps over all steps, in [0,
-    1]."""
+    """A straight line down to zero; ``done`` is the number of steps over all steps, in [0, 1]."""
     return LEARNING_RATE * (1 - done)
 
 
