@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of this source, with ``+`` if ``sae_lib/pocket`` has changed since; ``unknown`` without a repository."""
+    """The commit of this source, ``+`` if ``sae_lib/pocket`` has changed since; ``unknown`` without a repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
