@@ -1,5 +1,6 @@
 """What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
 
+from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.polysemanticity import (
     effective_features,
     feature_correlations,
@@ -7,6 +8,7 @@ from sae_lib.metrics.polysemanticity import (
     mixedness,
     top_examples,
 )
+from sae_lib.metrics.probing import LinearProbe, linear_probe
 from sae_lib.metrics.reconstruction import (
     Reconstruction,
     alive,
