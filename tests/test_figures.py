@@ -187,29 +187,54 @@ class Shell:
         self.registered.remove((event, callback))
 
 
-class Handle:
+class Display:
+    """A notebook's display, on which every drawing takes a second of the clock."""
+
     def __init__(self):
-        self.figures = []
+        self.now, self.shown = 100.0, []
+
+    def __call__(self, figure, display_id):
+        assert display_id
+        self.update(figure)
+        return self
 
     def update(self, figure):
-        self.figures.append(figure)
+        self.now += 1
+        self.shown.append(figure)
 
 
-def test_loss_curve_updates_one_display_and_ends_with_the_whole_history(monkeypatch):
-    shell, handle, opened = Shell(), Handle(), []
+@pytest.fixture
+def notebook(monkeypatch):
+    shell, display = Shell(), Display()
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: opened.append(figure) or handle)
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("sae_lib.figures.time.monotonic", lambda: display.now)
+    return shell, display
+
+
+def test_loss_curve_draws_for_at_most_a_tenth_of_the_time(notebook):
+    _, display = notebook
+    curve, rows = figures.LossCurve(), history(steps=20)
+    curve(rows)
+    drawn = display.now
+    display.now = drawn + 8.9
+    curve(rows)
+    assert len(display.shown) == 1
+    display.now = drawn + 9
+    curve(rows)
+    assert len(display.shown) == 2
+
+
+def test_loss_curve_ends_with_the_whole_history_when_its_cell_ends(notebook):
+    shell, display = notebook
     curve, rows = figures.LossCurve(), history(steps=50)
     curve(rows[:20])
-    curve.next_draw = float("inf")  # as if drawing had just cost much
-    curve(rows[:60])
     curve(rows)
-    assert len(opened) == 1
-    assert not handle.figures
     [(event, finish)] = shell.registered
     assert event == "post_run_cell"
     finish(None)
-    assert (len(opened), len(handle.figures), len(shell.registered)) == (1, 1, 0)
-    lines = handle.figures[0].axes[0].lines
+    assert len(display.shown) == 2
+    assert not shell.registered
+    lines = display.shown[-1].axes[0].lines
     assert max(line.get_xdata().max() for line in lines) == 500
     assert not plt.get_fignums(), "figures are closed, or the notebook shows them twice"
