@@ -88,15 +88,18 @@ def execute_all(chapters: list[Path], cache: JupyterCacheAbstract, timeout: int)
     print(f"{len(todo)} chapters to execute, {len(chapters) - len(todo)} unchanged", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(todo), unit="chapter", disable=None) as progress:
         running = {pool.submit(execute, chapter, timeout): chapter for chapter in todo}
-        for future in as_completed(running):
-            chapter, result = running[future], future.result()
-            if result.err is None:
-                data = {"execution_seconds": result.time}
-                cache.cache_notebook_bundle(CacheBundleIn(result.nb, str(chapter), data=data), check_validity=False)
-            else:
-                yield chapter, result.exc_string
-            progress.write(f"{result.time:7.1f} s  {chapter.stem}{'' if result.err is None else '  FAILED'}")
-            progress.update()
+        try:
+            for future in as_completed(running):
+                chapter, result = running[future], future.result()
+                if result.err is None:
+                    bundle = CacheBundleIn(result.nb, str(chapter), data={"execution_seconds": result.time})
+                    cache.cache_notebook_bundle(bundle, check_validity=False)
+                else:
+                    yield chapter, result.exc_string
+                progress.write(f"{result.time:7.1f} s  {chapter.stem}{'' if result.err is None else '  FAILED'}")
+                progress.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, chapters that have not begun do not begin
 
 
 def main() -> None:
