@@ -82,7 +82,7 @@ def pca(stream: Iterable[Batch | Tensor], rank: int, tokens: int = 100_000) -> R
 
     Raises:
         ValueError: if rank or tokens is out of range, the stream is empty, or its values are not finite or of
-        changing width.
+            changing width.
     """
     whole("tokens", tokens)
     sae, seen = None, 0
