@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import sae_lib
 from sae_lib.__main__ import app
 from sae_lib.data import SPLITS, TEXTS, Record, load_texts
-from sae_lib.pocket import build, gates, grammar, lexicon, marks, prose, provenance, spelling, train
+from sae_lib.pocket import build, gates, grammar, lexicon, marks, prose, provenance, spelling, story, train
 from sae_lib.pocket import tokenizer as tokenizers
 from sae_lib.pocket.card import card
 from sae_lib.pocket.dice import Dice
@@ -118,6 +118,13 @@ def test_documents_are_whole_words_and_fit_the_context(register, tokenizer):
         assert not any(token.startswith("##") for token in tokenizer.convert_ids_to_tokens(ids))
         assert len(ids) == marks.length(document["marked"]) + 1
         assert document["register"] == register
+
+
+def test_a_story_ends_before_it_is_too_long(monkeypatch):
+    monkeypatch.setattr(story, "LIMIT", 60)
+    dice = Dice("long")
+    lengths = [marks.length(story.Story(dice).text()) for _ in range(100)]
+    assert 50 < max(lengths) <= 60
 
 
 def test_an_unknown_register_is_refused():
@@ -222,6 +229,7 @@ def test_word_splits_have_their_shares_and_depend_on_the_word_alone(words):
     total = sum(map(len, words.values()))
     for split, share in {"train": 0.75, "validation": 0.10, "test": 0.10, "untaught": 0.05}.items():
         assert len(words[split]) / total == pytest.approx(share, abs=0.02)
+    assert spelling.split_words(itertools.chain(*words.values())) == words
     assert spelling.split_words(["Cat", "ox", "x1y", words["test"][0]]) == {
         "train": [],
         "validation": [],
@@ -381,23 +389,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypat
     monkeypatch.setattr(train, "ROWS", 2)
     monkeypatch.setattr(train, "STEPS", 2)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)  # after every step
-    stop = [None]
 
     def here(first, last, start, arguments):
         made = train.Rows(*arguments)
         for place in range(first, last):
-            if place == stop[0]:
-                raise KeyboardInterrupt
             yield made.block(place, train.SHARES_AT_START if place < start else train.SHARES)
+
+    def stop_at_the_fourth_step(*arguments, steps=itertools.count(1), step=train._step):
+        if next(steps) == 4:  # in the middle of a block
+            raise KeyboardInterrupt
+        return step(*arguments)
 
     monkeypatch.setattr(train, "blocks", here)
     arguments = (MODEL, ["lamp", "cup", "dog", "tree", "sun", "moon"], ["Prose."], [Record("A cow.")], 5 * 256, 0)
     whole, state = train.train(tmp_path / "whole", *arguments)
     assert (state["step"], state["tokens"], [row["tokens"] for row in state["history"]]) == (5, 1280, [1280])
-    stop[0] = 1
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(train, "_step", stop_at_the_fourth_step)
         train.train(tmp_path / "parts", *arguments)
-    stop[0] = None
     parts, resumed = train.train(tmp_path / "parts", *arguments)
     assert resumed["history"] == state["history"]
     assert len(resumed["commits"]) == 2
