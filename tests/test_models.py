@@ -231,7 +231,7 @@ def test_sites_are_only_those_with_a_row_for_each_position(pair):
 
 
 def test_widths_by_hand(gpt2):
-    expected = {"blocks.1.hook_resid_post": 12, "blocks.1.mlp.hook_post": 20, "blocks.1.attn.hook_z": 3 * 4}
+    expected = {"blocks.1.hook_resid_post": 12, "blocks.1.mlp.hook_post": 20, "blocks.1.attn.hook_z": 2 * 6}
     assert {site: gpt2.width(site) for site in expected} == expected
 
 

@@ -46,11 +46,11 @@ def _save(model_class, config) -> Path:
 
 @functools.cache
 def tiny_gpt2() -> Path:
-    """Folder of a GPT-2 with 3 layers, d_model 12, 3 heads and a context of 16."""
+    """Folder of a GPT-2 with 3 layers, d_model 12, 2 heads and a context of 16."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=4 + len(WORDS), n_positions=16, n_embd=12, n_layer=3, n_head=3, n_inner=20,
+        vocab_size=4 + len(WORDS), n_positions=16, n_embd=12, n_layer=3, n_head=2, n_inner=20,
         bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return _save(GPT2LMHeadModel, config)
