@@ -214,8 +214,10 @@ def test_each_command_of_a_workflow_exists(workflow):
     for command in commands(workflow):
         program, *arguments = shlex.split(command)
         if program == "make":
-            targets = [argument for argument in arguments if "=" not in argument]
+            targets = {argument for argument in arguments if "=" not in argument}
+            phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
             assert targets
+            assert targets <= set(phony.split())
             subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
         else:
             folder, script = Path(program).parent, Path(program).name
