@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -12,6 +13,7 @@ import sae_lib
 from sae_lib.components import RULES, Piece, Rule, selection_picture, slider, token_text, unit_text
 from sae_lib.data import Batch
 
+SCRIPT = (Path(sae_lib.__file__).parent / "assets/components.js").read_text()
 SCORES = torch.tensor(
     [
         [3.0, 1.0, -1.0],
@@ -238,6 +240,19 @@ def test_in_a_browser_two_equal_pieces_on_a_page_both_work_alone(page):
     said = page.locator(".said").all_inner_texts()
     assert said[0].startswith("2 of 9")
     assert said[1].startswith("5 of 9")
+
+
+def test_in_a_browser_a_piece_that_comes_later_leaves_the_earlier_ones_as_they_are(page):
+    page.set_content(f"<!doctype html>{small_picture()}")
+    mutual_choice = page.locator("[name=rule]").nth(3)
+    mutual_choice.check(force=True)
+    page.locator("[type=range]").fill("0")
+    page.locator("[name=rule]").nth(0).check(force=True)
+    page.evaluate(
+        "script => document.body.append(Object.assign(document.createElement('script'), {text: script}))", SCRIPT
+    )
+    mutual_choice.check(force=True)
+    assert page.locator("output").inner_text() == "1", "the level that the reader left"
 
 
 def test_in_a_browser_arrow_keys_read_out_the_tokens(page):
