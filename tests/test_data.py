@@ -24,6 +24,8 @@ def test_each_token_gets_the_span_that_it_is_part_of():
     name, verb, noun = COWS.spans
     offsets = [(0, 0), (0, 2), (2, 4), (5, 8), (9, 12), (13, 17), (17, 18)]  # BOS, An, na, saw, the, cows, full stop
     assert COWS.align(offsets) == [None, name, name, verb, None, noun, None]
+    touching = Record("CD", marked="⟨letter|C⟩⟨letter|D⟩")
+    assert touching.align([(0, 1), (1, 2)]) == list(touching.spans)
 
 
 def test_embedded_records_know_their_register_and_their_latent_variables():

@@ -451,7 +451,8 @@ def test_the_command_makes_an_ordinary_folder_in_twenty_steps(tmp_path, monkeypa
     assert result.exit_code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pocket")
     assert model.dtype == torch.float16
-    assert sum(parameter.numel() for parameter in model.parameters()) == 1_596_032
+    block = 2 * 256 + (128 * 384 + 384) + (128 * 128 + 128) + (128 * 512 + 512) + (512 * 128 + 128)
+    assert sum(parameter.numel() for parameter in model.parameters()) == (6144 + 128) * 128 + 4 * block + 256
     made = json.loads((tmp_path / "pocket" / "provenance.json").read_text())
     assert (made["tokens"], made["seed"], len(made["history"])) == (20 * 256, 0, 1)
     assert made["sha256"]["model.safetensors"] == provenance.sha256(tmp_path / "pocket" / "model.safetensors")

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 
-The tokenizer puts `<|bos|>` in front; the model has always seen it at position 0. A word is one token.
+The tokenizer puts `<|bos|>` in front; the model has always seen it at position 0. Each of its words is one token.
 
 ## Texts
 
@@ -35,8 +35,8 @@ the training are fresh; the prose was repeated.
 
 ## Training
 
-{tokens:,} tokens in {minutes:.0f} minutes on {device}; seed {seed}; {versions}. The larger variant that an
-accelerator would allow was not tried: none was at hand.
+{tokens:,} tokens in {minutes:.0f} minutes; seed {seed}; {versions}.
+Device: {device}. The larger variant that an accelerator would allow was not tried: none was at hand.
 
 ## What it can do
 
