@@ -56,11 +56,11 @@ def test_importance_decides_which_feature_survives():
 
 
 def test_the_loss_is_weighted_squared_error_summed_over_features():
-    models = ToyModels(2, 1, [0.0], importance=torch.tensor([1.0, 3.0])).fit(steps=10, learning_rate=1e-9)
+    models = ToyModels(2, 1, [0.0], importance=torch.tensor([1.0, 3.0])).fit(steps=30, learning_rate=1e-9)
     first = next(models.batches(0, 200_000))
     error = first.truth - models.output(models.hidden(first.truth[None]))[0]
     by_hand = (error.square() * torch.tensor([1.0, 3.0])).sum(1).mean()
-    assert models.losses.item() == pytest.approx(by_hand.item(), rel=0.2)  # one step of 256 samples against many
+    assert models.losses.item() == pytest.approx(by_hand.item(), rel=0.2)  # three steps of 256 samples against many
 
 
 def test_best_takes_the_lowest_loss_of_each_sparsity():
@@ -74,6 +74,11 @@ def test_a_model_trained_beside_others_is_the_model_trained_with_other_neighbour
     other = ToyModels(4, 2, [0.5, 0.9], seed=7).fit(steps=20)
     torch.testing.assert_close(one.W[0], other.W[0])
     assert not torch.allclose(one.W[1], other.W[1])
+
+
+def test_the_seed_decides_the_initial_weights():
+    assert torch.equal(ToyModels(4, 2, [0.5], seed=7).W, ToyModels(4, 2, [0.5], seed=7).W)
+    assert not torch.equal(ToyModels(4, 2, [0.5], seed=7).W, ToyModels(4, 2, [0.5], seed=8).W)
 
 
 @pytest.mark.usefixtures("as_a_user")
