@@ -445,8 +445,7 @@ def test_the_command_makes_an_ordinary_folder_in_twenty_steps(tmp_path, monkeypa
         (tmp_path / "texts" / f"{split}.jsonl.xz").write_bytes(lzma.compress(lines))
     for name, value in build.FAST_MEMORY.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train, "ROWS", 2)
-    arguments = ["pocket", "--out", str(tmp_path), "--tokens", str(20 * 256)]
+    arguments = ["pocket", "--out", str(tmp_path), "--tokens", str(20 * 16 * 128)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pocket")
@@ -454,7 +453,7 @@ def test_the_command_makes_an_ordinary_folder_in_twenty_steps(tmp_path, monkeypa
     block = 2 * 256 + (128 * 384 + 384) + (128 * 128 + 128) + (128 * 512 + 512) + (512 * 128 + 128)
     assert sum(parameter.numel() for parameter in model.parameters()) == (6144 + 128) * 128 + 4 * block + 256
     made = json.loads((tmp_path / "pocket" / "provenance.json").read_text())
-    assert (made["tokens"], made["seed"], len(made["history"])) == (20 * 256, 0, 1)
+    assert (made["tokens"], made["seed"], len(made["history"])) == (20 * 16 * 128, 0, 1)
     assert made["sha256"]["model.safetensors"] == provenance.sha256(tmp_path / "pocket" / "model.safetensors")
     assert not made["gates"]["test"]["spelling"]["passes"]
     assert not (tmp_path / "runs").exists()
