@@ -21,6 +21,7 @@ useful for anything else.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 ```
 
