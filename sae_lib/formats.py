@@ -41,7 +41,8 @@ def load(path: str | Path, device: str = "cpu") -> SAE:
     weights = (path / "weights.safetensors").read_bytes()
     if hashlib.sha256(weights).hexdigest() != saved["weights_sha256"]:
         raise ValueError(
-            f"weights.safetensors must have the sha256 that config.json names, got another in {path}; copy both files anew"
+            f"weights.safetensors must have the sha256 that config.json names, got another in {path}; "
+            "copy both files anew"
         )
     sae = VARIANTS[saved["variant"]](**saved["config"])
     sae.load_state_dict(load_safetensors(weights))

@@ -1,7 +1,7 @@
 """The contract of all sparse autoencoders: an encoder scores, a selection chooses, a decoder adds up.
 
-What every variant shares stands here: the checks, the dead latents and the loss that revives them, the units, and saving.
-A variant (one file in `sae_lib.saes`) adds `select` and `loss`.
+What every variant shares stands here: the checks, the dead latents and the loss that revives them, the units, and
+saving. A variant (one file in `sae_lib.saes`) adds `select` and `loss`.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Loss(NamedTuple):
 class SAE(nn.Module, ABC):
     """A sparse autoencoder. Introduced in the chapter `relu`; the table of selections is in `index`.
 
-    A variant has, as parameters or read-only properties, ``W_enc (d_in, d_sae)``, ``b_enc (d_sae,)``, ``W_dec (d_sae, d_in)``
-    and ``b_dec (d_in,)``; the rows of ``W_dec`` are the latents' directions. Each constructor argument is kept as an attribute
-    of the same name, so that `config` can rebuild the variant.
+    A variant has, as parameters or read-only properties, ``W_enc (d_in, d_sae)``, ``b_enc (d_sae,)``, ``W_dec (d_sae,
+    d_in)`` and ``b_dec (d_in,)``; the rows of ``W_dec`` are the latents' directions. Each constructor argument is
+    kept as an attribute of the same name, so that `config` can rebuild the variant.
 
     Args:
         d_in: width of the activations, at least 1.
@@ -84,10 +84,10 @@ class SAE(nn.Module, ABC):
         self.register_buffer("dead_window", torch.tensor(10_000_000))
         self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
 
-    # What a variant defines --------------------------------------------------------------------------------------------
+    # What a variant defines -------------------------------------------------------------------------------------------
 
     def scores(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """``(x - b_dec) W_enc + b_enc``, with ``b_dec`` folded into the bias so that its gradient costs no second product."""
+        """``(x - b_dec) W_enc + b_enc``; ``b_dec`` goes into the bias, so that its gradient costs no second product."""
         return F.linear(x, self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)
 
     @abstractmethod
@@ -99,7 +99,7 @@ class SAE(nn.Module, ABC):
     def loss(self, batch: Batch) -> Loss:
         """The named terms of the loss on one batch. Reads the buffers, never writes them."""
 
-    # What every variant does ---------------------------------------------------------------------------------------------
+    # What every variant does ------------------------------------------------------------------------------------------
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """The code of each row of `x` as a dense, non-negative matrix.
@@ -123,13 +123,14 @@ class SAE(nn.Module, ABC):
         """`x` in the weights' precision, if it is a floating matrix of the right width."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
-                f"x must have shape (batch, d_in={self.d_in}), got {tuple(x.shape)}; flatten positions with x.flatten(0, -2)"
+                f"x must have shape (batch, d_in={self.d_in}), got {tuple(x.shape)}; "
+                "flatten positions with x.flatten(0, -2)"
             )
         if not x.is_floating_point():
             raise ValueError(f"x must be floating, got {x.dtype}; convert it with x.float()")
         return x.to(self.W_dec.dtype)
 
-    # What training calls, in this order ------------------------------------------------------------------------------------
+    # What training calls, in this order -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
@@ -155,21 +156,22 @@ class SAE(nn.Module, ABC):
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
-        """Latents that have not fired for `dead_window` tokens, 5% of the run (at least a batch, at most 10 million)."""
+        """Latents that have not fired for `dead_window` tokens: 5% of the run, from one batch to 10 million."""
         return self.tokens_since_fired >= self.dead_window
 
     @torch.no_grad()
     def fold(self, scale: float) -> None:
         """Rewrite the weights for activations `scale` times as large as those of the training's units.
 
-        Training divides its stream by one number and folds that number back in at its end, so that a trained SAE takes raw
-        activations. Codes and reconstructions grow by the same factor; ``fold(1)`` returns to the training's units.
+        Training divides its stream by one number and folds that number back in at its end, so that a trained SAE
+        takes raw activations. Codes and reconstructions grow by the same factor; ``fold(1)`` returns to the
+        training's units.
         """
         for name in self.in_units_of_x:
             getattr(self, name).mul_(scale / self.scale)
         self.scale.fill_(scale)
 
-    # Saving ----------------------------------------------------------------------------------------------------------------
+    # Saving -----------------------------------------------------------------------------------------------------------
 
     def config(self) -> dict:
         """The constructor's arguments, as plain JSON values."""
@@ -264,9 +266,10 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
 def auxk(sae: SAE, scores: Float[Tensor, "batch d_sae"], residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """The loss that revives dead latents: how badly the best dead ones explain what is left over.
 
-    ``AuxK = |e - e_hat|^2 / |e - mean(e)|^2`` with ``e`` the residual, held constant, and ``e_hat`` its reconstruction from
-    the ``min(d_in // 2, number dead)`` largest positive scores of dead latents; each summed over dimensions and the batch.
-    0 where none is dead. Source: Gao et al. 2024, section 2.4, as in the dictionary_learning library. Chapter `topk`.
+    ``AuxK = |e - e_hat|^2 / |e - mean(e)|^2`` with ``e`` the residual, held constant, and ``e_hat`` its
+    reconstruction from the ``min(d_in // 2, number dead)`` largest positive scores of dead latents; each summed over
+    dimensions and the batch. 0 where none is dead. Source: Gao et al. 2024, section 2.4, as in the
+    dictionary_learning library. Chapter `topk`.
     """
     dead = sae.dead
     n_dead = int(dead.sum())

@@ -1,7 +1,7 @@
 """The sparse engine: which (token, latent) pairs live, and what their directions add up to.
 
-A code is stored as its living pairs where few live, and as a dense matrix where many do (ReLU before its penalty bites).
-`decode` costs as much as there are pairs: ``n_pairs x d_in`` multiplications instead of ``batch x d_sae x d_in``.
+A code is stored as its living pairs where few live, and as a dense matrix where many do (ReLU before its penalty
+bites). `Code.decode` costs as much as there are pairs: ``pairs x d_in`` multiplications, not ``batch x d_sae x d_in``.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Run:
 
     Attributes:
         saes: the trained SAEs, in the order given.
-        history: a row a step and SAE: step, tokens, sae (its place in `saes`), variant, loss, its terms, l0, fvu (of the batch),
-            dead (share of latents), learning_rate, tokens_per_second.
+        history: a row a step and SAE: step, tokens, sae (its place in `saes`), variant, loss, its terms, l0, fvu (of
+            the batch), dead (share of latents), learning_rate, tokens_per_second.
         tokens: tokens trained on; fewer than asked if the stream ended.
         scale: root mean squared norm of the activations, by which they were divided.
         seconds: wall time.
@@ -59,9 +59,9 @@ def train(
 ) -> Run:
     """Train one SAE, or several on the same batches. Chapter `relu`.
 
-    The stream is divided by one number, the root mean squared norm of its first batches, and that number is folded into the
-    weights at the end: a trained SAE takes raw activations. A stream that ends early trains on what it had, and
-    `Run.tokens` says how many.
+    The stream is divided by one number, the root mean squared norm of its first batches, and that number is folded
+    into the weights at the end: a trained SAE takes raw activations. A stream that ends early trains on what it had,
+    and `Run.tokens` says how many.
 
     Args:
         saes: one SAE or a list; they are trained in place, on the stream's device, in 32 bits.
@@ -71,8 +71,8 @@ def train(
         watch: called with the history every few steps, e.g. `figures.LossCurve()` in a notebook.
 
     Raises:
-        ValueError: for an empty list or stream, a batch of the wrong width or type, values that are not finite, or a variant
-            that needs what the stream does not yield.
+        ValueError: for an empty list or stream, a batch of the wrong width or type, values that are not finite, or a
+            variant that needs what the stream does not yield.
     """
     saes = [saes] if isinstance(saes, SAE) else list(saes)
     if not saes or not all(isinstance(sae, SAE) for sae in saes):
@@ -226,7 +226,8 @@ def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callab
         run.history.append(row | {"tokens_per_second": rate})
         if row["loss"] != row["loss"]:
             raise ValueError(
-                f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; lower its learning rate"
+                f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; "
+                "lower its learning rate"
             )
     if waiting:
         last = run.history[-1]

@@ -25,14 +25,16 @@ def evaluate(
 ) -> dict[str, int | float]:
     """Flat report of an SAE on held-out activations. Chapter `relu`.
 
-    Reconstruction and sparsity by the definitions of `sae_lib.metrics.reconstruction`, over the first `tokens` rows. If the
-    stream reads texts through a language model, also the model's loss (nats a token) on its first sequences with the site as it is
-    (``loss_clean``), reconstructed (``loss_patched``), zeroed (``loss_zero``) and at its mean (``loss_mean``), the share
-    recovered against either ablation, and the divergence ``kl`` of the patched prediction from the clean one. BOS is left as it is in all.
+    Reconstruction and sparsity by the definitions of `sae_lib.metrics.reconstruction`, over the first `tokens` rows.
+    If the stream reads texts through a language model, also the model's loss (nats a token) on its first sequences
+    with the site as it is (``loss_clean``), reconstructed (``loss_patched``), zeroed (``loss_zero``) and at its mean
+    (``loss_mean``), the share recovered against either ablation, and the divergence ``kl`` of the patched prediction
+    from the clean one. BOS is left as it is in all.
 
     Args:
         sae: with `encode` and `forward`.
-        stream: held-out activations, in the units of x; `Activations`, or anything that yields `Batch` or (batch, d_in).
+        stream: held-out activations, in the units of x; `Activations`, or anything that yields `Batch` or (batch,
+            d_in).
         tokens: rows to use, at least 1; fewer if the stream ends. The report says how many.
         allow_train: accept a stream that begins with texts the SAE was trained on.
 
@@ -43,7 +45,8 @@ def evaluate(
     fingerprint = getattr(stream, "fingerprint", None)
     if fingerprint in getattr(sae, "trained_on", ()) and not allow_train:
         raise ValueError(
-            "stream must be held out, got the texts that the SAE was trained on; load another split, or say allow_train=True"
+            "stream must be held out, got the texts that the SAE was trained on; "
+            "load another split, or say allow_train=True"
         )
     was_training = sae.training
     sae.eval()
@@ -62,7 +65,7 @@ def evaluate(
 
 
 def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """The stream's activations, up to `tokens` rows; of a model's stream, in reading order, which needs no shuffle buffer."""
+    """The stream's activations, up to `tokens` rows; a model's in reading order, which needs no shuffle buffer."""
     seen = 0
     parts = (stream.read(item)[0].float() for item in stream.sequences()) if isinstance(stream, Activations) else stream
     with tqdm(total=tokens, unit="token", unit_scale=True, desc="evaluate", leave=False, delay=2) as bar:

@@ -8,9 +8,10 @@ Bussmann, Leask, Nanda 2024, "BatchTopK sparse autoencoders", arXiv 2412.06410.
     threshold = mean over past batches of the smallest living value           one number for all latents
     L = |x - x_hat|^2 + aux_coeff * AuxK                                      as TopK
 
-Differences from the paper: the mean is exponential with a bias correction (as in Adam), so that it is right from the first
-batch on; in implementations that start at -1 and wait 1,000 steps, a short run evaluates as a plain ReLU. Activations are scaled
-by one global number. How known: from code of dictionary_learning and of the authors; of the paper only the abstract.
+Differences from the paper: the mean is exponential with a bias correction (as in Adam), so that it is right from the
+first batch on; in implementations that start at -1 and wait 1,000 steps, a short run evaluates as a plain ReLU.
+Activations are scaled by one global number. How known: from code of dictionary_learning and of the authors; of the
+paper only the abstract.
 """
 
 from __future__ import annotations
@@ -85,6 +86,6 @@ class BatchTopKSAE(SAE):
 
 
 def update_threshold(sae: SAE, smallest: Float[Tensor, ""]) -> None:
-    """Move the running mean `sae.threshold` towards this batch's smallest living value; `threshold_weight` is the weight seen."""
+    """Move the running mean `sae.threshold` towards this batch's smallest living value."""
     sae.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
     sae.threshold.lerp_(smallest, (1 - MEMORY) / sae.threshold_weight)

@@ -13,8 +13,9 @@ autoencoders", arXiv 2404.16014.
 
 H has no gradient: the gate learns from the last two terms only, and p from all three.
 
-Differences from the paper: none known; a penalty weighted by the decoder's norm and an auxiliary decoder that is not held
-constant, as in SAELens, are other choices. How known: from code of dictionary_learning; the paper's text was not available.
+Differences from the paper: none known; a penalty weighted by the decoder's norm and an auxiliary decoder that is not
+held constant, as in SAELens, are other choices. How known: from code of dictionary_learning; the paper's text was not
+available.
 """
 
 from __future__ import annotations

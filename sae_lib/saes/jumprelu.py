@@ -1,7 +1,7 @@
 """JumpReLU: a latent lives above a threshold of its own, which is learned although it has no gradient.
 
-Rajamanoharan, Lieberum, Sonnerat, Conmy, Varma, Kramar, Nanda 2024, "Jumping ahead: improving reconstruction fidelity with
-JumpReLU sparse autoencoders", arXiv 2407.14435.
+Rajamanoharan, Lieberum, Sonnerat, Conmy, Varma, Kramar, Nanda 2024, "Jumping ahead: improving reconstruction fidelity
+with JumpReLU sparse autoencoders", arXiv 2407.14435.
 
     s     = x W_enc + b_enc
     z     = s * H(s - threshold)                      H is 1 above 0, else 0; threshold >= 0, one a latent
@@ -15,10 +15,11 @@ The jump has zero gradient almost everywhere, so the threshold learns through a 
     dz/dthreshold = -(threshold / bandwidth) K((s - threshold) / bandwidth)
     dH/dthreshold = -(1 / bandwidth)         K((s - threshold) / bandwidth)           no gradient of H towards s
 
-Differences from the paper: the squared target (as in dictionary_learning) beside the paper's penalty; the threshold itself is the
-parameter, not its logarithm; the default bandwidth is wider than the paper's 0.001, because in short runs so narrow a window
-holds no scores and thresholds do not move. The window looks at the scores, on both sides of the threshold; dictionary_learning
-looks at the values after the jump and so halves the gradient. How known: from that code; the paper's text was not available.
+Differences from the paper: the squared target (as in dictionary_learning) beside the paper's penalty; the threshold
+itself is the parameter, not its logarithm; the default bandwidth is wider than the paper's 0.001, because in short
+runs so narrow a window holds no scores and thresholds do not move. The window looks at the scores, on both sides of
+the threshold; dictionary_learning looks at the values after the jump and so halves the gradient. How known: from that
+code; the paper's text was not available.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class JumpReLUSAE(SAE):
         d_sae: number of latents.
         target_l0: living latents a token that the squared term aims at, in (0, d_sae].
         l0_coeff: instead of a target, the weight of L0 itself, above 0.
-        bandwidth: width of the window through which thresholds learn (epsilon), in units of activations of mean squared norm 1.
+        bandwidth: width of the window through which thresholds learn (epsilon), in units of activations of mean
+            squared norm 1.
         seed: of the initial weights.
 
     Raises:

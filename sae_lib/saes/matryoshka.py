@@ -1,16 +1,19 @@
 """Matryoshka BatchTopK: nested dictionaries, so that the first latents must explain the data without the later ones.
 
-Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning multi-level features with Matryoshka sparse autoencoders", arXiv 2503.17547.
+Bussmann, Nabeshima, Karvonen, Nanda 2025, "Learning multi-level features with Matryoshka sparse autoencoders", arXiv
+2503.17547.
 
     z       = BatchTopK over the whole width
     x_hat_g = z[:, :N_g] W_dec[:N_g] + b_dec              N_g: latents in the first g groups
     L       = mean over g of |x - x_hat_g|^2 + aux_coeff * AuxK
 
-A general latent in an early group cannot leave its work to a special one in a later group: that is what should lower absorption.
+A general latent in an early group cannot leave its work to a special one in a later group: that is what should lower
+absorption.
 
-Differences from the paper: the mean over the groups has weights that add up to 1; the authors' code adds the bias alone as a group,
-dictionary_learning divides by the number of groups twice (which makes AuxK weigh that much more), SAELens sums. Groups are fixed,
-not drawn anew each batch. How known: from those three codes; of the paper only the abstract was available.
+Differences from the paper: the mean over the groups has weights that add up to 1; the authors' code adds the bias
+alone as a group, dictionary_learning divides by the number of groups twice (which makes AuxK weigh that much more),
+SAELens sums. Groups are fixed, not drawn anew each batch. How known: from those three codes; of the paper only the
+abstract was available.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class MatryoshkaSAE(SAE):
         d_in: width of the activations.
         d_sae: number of latents.
         k: living latents a token on average, in [1, d_sae].
-        group_sizes: latents in each group, in order; they add up to `d_sae`. By default 1/32, 1/16, 1/8, 1/4 and the rest.
+        group_sizes: latents in each group, in order; they add up to `d_sae`. By default 1/32, 1/16, 1/8, 1/4 and the
+            rest.
         aux_coeff: weight of AuxK, at least 0.
         seed: of the initial weights.
 

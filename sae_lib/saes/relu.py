@@ -1,20 +1,20 @@
 """ReLU with an L1 penalty: the first sparse autoencoder of language models.
 
-Bricken et al. 2023, "Towards monosemanticity", transformer-circuits.pub/2023/monosemantic-features; the form with free norms is
-Anthropic's "Update on how we train SAEs", April 2024.
+Bricken et al. 2023, "Towards monosemanticity", transformer-circuits.pub/2023/monosemantic-features; the form with
+free norms is Anthropic's "Update on how we train SAEs", April 2024.
 
     z     = ReLU((x - b_dec) W_enc + b_enc)
     x_hat = z W_dec + b_dec
     L     = |x - x_hat|^2 + l1_coeff * sum_i z_i                  rows of W_dec have norm 1
     L     = |x - x_hat|^2 + l1_coeff * sum_i z_i |W_dec,i|        norm_weighted: free rows, no constraint
 
-The penalty grows linearly over the first 5% of the run. In the second form, the rows' norms are folded into the encoder at the
-end of training, which leaves the function as it is and makes latents comparable.
+The penalty grows linearly over the first 5% of the run. In the second form, the rows' norms are folded into the
+encoder at the end of training, which leaves the function as it is and makes latents comparable.
 
-Differences from the papers: no resampling of dead latents. The coefficient presumes activations of mean squared norm 1, which
-training's global scale provides. How known: from code of dictionary_learning, whose 5,000 warm-up steps of 244,140 are our 5%
-at most; the papers' pages were not available. The p-annealed penalty (Karvonen et al. 2024) is left out: it is the same
-architecture under another schedule, and no chapter needs it.
+Differences from the papers: no resampling of dead latents. The coefficient presumes activations of mean squared norm
+1, which training's global scale provides. How known: from code of dictionary_learning, whose 5,000 warm-up steps of
+244,140 are our 5% at most; the papers' pages were not available. The p-annealed penalty (Karvonen et al. 2024) is
+left out: it is the same architecture under another schedule, and no chapter needs it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """TopK: each token keeps its k best latents.
 
-Gao, la Tour, Tillman, Goh, Troll, Radford, Sutskever, Leike, Wu 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093.
+Gao, la Tour, Tillman, Goh, Troll, Radford, Sutskever, Leike, Wu 2024, "Scaling and evaluating sparse autoencoders",
+arXiv 2406.04093.
 
     z     = TopK((x - b_dec) W_enc + b_enc)           the k largest of each row, if positive
     x_hat = z W_dec + b_dec                           rows of W_dec have norm 1
     L     = |x - x_hat|^2 + aux_coeff * AuxK          mean over tokens of the sum over dimensions; `sae_lib.sae.auxk`
 
-Differences from the paper: activations are divided by one global number, not normalised token by token; the loss is not divided
-by the variance (that number makes the mean squared norm 1); a latent is dead after 5% of the run (at most 10 million tokens), so
-that AuxK acts in short runs too. A token with fewer than k positive scores keeps fewer: in some implementations latents of value
-zero count as alive there and escape AuxK. How known: from code of dictionary_learning and openai/sparse_autoencoder; of the
-paper's text only the abstract was available.
+Differences from the paper: activations are divided by one global number, not normalised token by token; the loss is
+not divided by the variance (that number makes the mean squared norm 1); a latent is dead after 5% of the run (at most
+10 million tokens), so that AuxK acts in short runs too. A token with fewer than k positive scores keeps fewer: in
+some implementations latents of value zero count as alive there and escape AuxK. How known: from code of
+dictionary_learning and openai/sparse_autoencoder; of the paper's text only the abstract was available.
 """
 
 from __future__ import annotations

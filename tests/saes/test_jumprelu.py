@@ -36,13 +36,15 @@ def test_the_threshold_learns_from_scores_in_its_window_on_both_sides():
 def test_the_reconstructions_pseudo_derivative_by_hand():
     sae = by_hand(target_l0=1.0).train()
     sae.loss(Batch(X)).terms["reconstruction"].backward()
-    # d|x - z|^2/dz = 2 (z - x) / 3. Latent 0: token 0 (z = x) 0, token 2 (0 - 0.9); times -(threshold / bandwidth) = -2.
+    # d|x - z|^2/dz = 2 (z - x) / 3. Latent 0: token 0 (z = x) 0, token 2 (0 - 0.9); times -threshold / bandwidth = -2.
     # Latent 1: token 0 (0 - 1.9), token 1 0; times -4.
     assert sae.threshold.grad.tolist() == pytest.approx([-2 * 2 * -0.9 / 3, -4 * 2 * -1.9 / 3], rel=1e-5)
 
 
 def test_sparsity_by_hand():
-    assert by_hand(target_l0=2.0).loss(Batch(X)).terms["sparsity"].item() == pytest.approx((1 / 2 - 1) ** 2)  # L0 is 3 / 3
+    assert by_hand(target_l0=2.0).loss(Batch(X)).terms["sparsity"].item() == pytest.approx(
+        (1 / 2 - 1) ** 2
+    )  # L0 is 3 / 3
     assert by_hand(l0_coeff=0.3).loss(Batch(X)).terms["sparsity"].item() == pytest.approx(0.3)
 
 
