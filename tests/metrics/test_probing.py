@@ -38,7 +38,17 @@ def test_units_and_constant_dimensions_do_not_matter():
     x, labels = planted(120, seed=0)
     scaled = x * torch.linspace(0.01, 100, 8) + 5
     scaled = torch.cat([scaled, torch.full((120, 1), 3.0)], 1)
-    assert torch.equal(linear_probe(scaled, labels)(scaled), linear_probe(x, labels)(x))
+    probe = linear_probe(scaled, labels)
+    assert torch.equal(probe(scaled), linear_probe(x, labels)(x))
+    torch.testing.assert_close(probe.W[:8], linear_probe(x, labels).W, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_frequent_class_does_not_swallow_the_rare_ones(classes):
+    """Its mean is near the mean of all, so that the constants decide."""
+    labels = torch.cat([torch.zeros(900, dtype=torch.long), torch.arange(100) % (classes - 1) + 1])
+    x = 0.1 * draw(1000, 3) + torch.nn.functional.one_hot(labels, 3)
+    assert linear_probe(x, labels).accuracy(x, labels) > 0.99
 
 
 def test_two_classes_give_two_columns_that_decide_alike():
