@@ -66,7 +66,7 @@ class SAE(nn.Module, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Which of {"grad", "orbit"} the stream must yield beside x."""
     learning_rate: ClassVar[float | None] = None
-    """None: ``2e-4 * sqrt(2**14 / d_sae)``, the rule of the TopK paper's reference implementations."""
+    """None: `sae_lib.train.default_learning_rate`, which serves small and large widths, short and long runs."""
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     clip: ClassVar[float] = 1.0
     """Largest norm of the gradient of all parameters together."""

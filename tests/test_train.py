@@ -6,7 +6,7 @@ import torch
 import sae_lib
 from sae_lib import Batch, BatchTopKSAE, PlantedDictionary, ReLUSAE, TopKSAE, train
 from sae_lib.metrics import mcc
-from sae_lib.train import rms_norm, schedule
+from sae_lib.train import default_learning_rate, rms_norm, schedule
 
 
 def data(n=20, size=32, d_in=6, seed=0):
@@ -79,6 +79,13 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(1 / 20)
     assert schedule(0, 1) > 0
     assert schedule(999, 1_000_000) == 1  # never more than 1,000 steps of warm-up
+
+
+def test_the_default_learning_rate_serves_widths_and_lengths_of_runs():
+    assert default_learning_rate(2**14, 100_000) == pytest.approx(2e-4)
+    assert default_learning_rate(2**10, 100_000) == pytest.approx(8e-4)
+    assert default_learning_rate(2**14, 2_500) == pytest.approx(4e-4)  # a quarter of 10,000 steps: twice as large
+    assert default_learning_rate(2**6, 100) == 5e-3
 
 
 def test_the_seed_orders_the_stream_and_none_leaves_it():
