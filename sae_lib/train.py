@@ -149,8 +149,10 @@ def adam(sae: SAE, steps: int) -> torch.optim.Adam:
 
 
 def default_learning_rate(d_sae: int, steps: int) -> float:
-    """``2e-4 sqrt(2^14 / d_sae)``, the rule of the TopK paper's reference implementations, whose runs are long; a run of
-    fewer than 10,000 steps takes larger ones, ``sqrt(10,000 / steps)`` times, up to 0.005 (measured, not from a paper).
+    """``2e-4 sqrt(2^14 / d_sae)``, the rule of the TopK paper's reference implementations, whose runs are long.
+
+    A run of fewer than 10,000 steps takes larger ones, ``sqrt(10,000 / steps)`` times, up to 0.005 (measured here, not
+    from a paper).
     """
     return min(2e-4 * (2**14 / d_sae) ** 0.5 * max(1.0, (10_000 / steps) ** 0.5), 5e-3)
 
