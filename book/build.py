@@ -114,7 +114,8 @@ def main() -> None:
     if arguments.only:
         first, *others = (f"book/{page}" for page in arguments.only)
         toc = ROOT / "_build/only.yml"
-        toc.write_text(yaml.safe_dump({"format": "jb-book", "root": first, "chapters": [{"file": o} for o in others]}))
+        pages = {"chapters": [{"file": other} for other in others]} if others else {}
+        toc.write_text(yaml.safe_dump({"format": "jb-book", "root": first} | pages))
 
     timeout = yaml.safe_load((ROOT / "_config.yml").read_text())["execute"]["timeout"]
     failures = list(execute_all(chapters(ROOT, toc), cache, timeout))
