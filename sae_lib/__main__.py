@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ImportError:
+    raise SystemExit('the command line needs the extra "lm": pip install "sae-put-to-the-test[lm]"') from None
 
 ASSETS = Path(__file__).parent / "assets"
 
