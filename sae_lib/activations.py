@@ -152,20 +152,26 @@ class Activations:
                 digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def sequences(self) -> Iterator[Tokens] | Iterator[Tensor]:
+    def sequences(self, by_length: bool = True) -> Iterator[Tokens] | Iterator[Tensor]:
         """What the model is given, a forward pass at a time, in the order of reading: Tokens, or inputs.
 
         With this an evaluation can run the model itself, patched, on what the stream reads.
+
+        Args:
+            by_length: put windows of like length together, which wastes little on padding. Without it they come as they
+                are read, so that the first forward passes are a fair sample of the texts.
         """
         if not isinstance(self.model, LanguageModel):
             yield from (item[0] if isinstance(item, tuple | list) else item for item in self.source)
             return
         generator = torch.Generator().manual_seed(self.seed)
         for windows in self._chunks():
-            groups = [[]]
-            for window in sorted(windows, key=len):
-                if groups[-1] and (len(groups[-1]) + 1) * (len(window) + 1) > self.forward_tokens:
+            groups, longest = [[]], 0
+            for window in sorted(windows, key=len) if by_length else windows:
+                longest = max(longest, len(window) + 1)
+                if groups[-1] and (len(groups[-1]) + 1) * longest > self.forward_tokens:
                     groups.append([])
+                    longest = len(window) + 1
                 groups[-1].append(window)
             for number in torch.randperm(len(groups), generator=generator).tolist():
                 yield self.model.pad(groups[number])

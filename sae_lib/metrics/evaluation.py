@@ -1,10 +1,11 @@
-"""One trained SAE on a held-out stream: every number of `reconstruction`, and what the model loses."""
+"""Trained SAEs on a held-out stream: every number of `reconstruction`, and what the model loses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,58 +17,68 @@ from sae_lib.models import LanguageModel
 from sae_lib.sae import SAE, whole
 
 MODEL_TOKENS = 16_384
-"""Tokens on which the model itself is run, four times each; fewer if fewer are asked for."""
+"""Tokens on which the model itself is run; fewer if fewer are asked for."""
+
+Report = dict[str, int | float]
 
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE, stream: Iterable[Batch | Tensor], tokens: int = 100_000, allow_train: bool = False
-) -> dict[str, int | float]:
-    """Flat report of an SAE on held-out activations. Chapter `relu`.
+    saes: SAE | Sequence[SAE], stream: Iterable[Batch | Tensor], tokens: int = 100_000, allow_train: bool = False
+) -> Report | list[Report]:
+    """Flat report of an SAE on held-out activations; for a list of SAEs a list of them. Chapter `relu`.
 
     Reconstruction and sparsity by the definitions of `sae_lib.metrics.reconstruction`, over the first `tokens` rows.
-    If the stream reads texts through a language model, also the model's loss (nats a token) on its first sequences
-    with the site as it is (``loss_clean``), reconstructed (``loss_patched``), zeroed (``loss_zero``) and at its mean
-    (``loss_mean``), the share recovered against either ablation, and the divergence ``kl`` of the patched prediction
-    from the clean one. BOS is left as it is in all.
+    If the stream reads texts through a language model, also the model's loss (nats a token) on the first 16,384 of
+    them with the site as it is (``loss_clean``), reconstructed (``loss_patched``), zeroed (``loss_zero``) and at its
+    mean (``loss_mean``), the share recovered against either ablation, and the divergence ``kl`` of the patched
+    prediction from the clean one. BOS is left as it is in all. What does not depend on the SAE is computed once.
 
     Args:
-        sae: with `encode` and `forward`.
+        saes: one SAE or a list.
         stream: held-out activations, in the units of x; `Activations`, or anything that yields `Batch` or (batch,
             d_in).
         tokens: rows to use, at least 1; fewer if the stream ends. The report says how many.
-        allow_train: accept a stream that begins with texts the SAE was trained on.
+        allow_train: accept a stream that begins with texts an SAE was trained on.
 
     Raises:
-        ValueError: if the stream was trained on, is empty, or has another width.
+        ValueError: if the list is empty, or the stream was trained on, is empty, or has another width.
     """
+    several = [saes] if isinstance(saes, SAE) else list(saes)
+    if not several:
+        raise ValueError("saes must be an SAE or a list of at least one, got none")
     whole("tokens", tokens)
     fingerprint = getattr(stream, "fingerprint", None)
-    if fingerprint in getattr(sae, "trained_on", ()) and not allow_train:
+    if any(fingerprint in sae.trained_on for sae in several) and not allow_train:
         raise ValueError(
             "stream must be held out, got the texts that the SAE was trained on; "
             "load another split, or say allow_train=True"
         )
-    was_training = sae.training
-    sae.eval()
+    modes = [sae.training for sae in several]
     try:
-        totals, total = Reconstruction(), torch.zeros((), dtype=torch.float64)
+        for sae in several:
+            sae.eval()
+        accumulators, total = [Reconstruction() for _ in several], 0.0
         for x in rows(stream, tokens):
-            totals.update(x, sae(x), sae.encode(x))
-            total = total + x.double().sum(0).to(total.device)
-        report = totals.compute()
+            for sae, accumulator in zip(several, accumulators, strict=True):
+                accumulator.update(x, sae(x), sae.encode(x))
+            total = total + x.double().sum(0)
+        reports = [accumulator.compute() for accumulator in accumulators]
         if isinstance(stream, Activations) and isinstance(stream.model, LanguageModel):
-            mean = (total / totals.tokens).to(stream.model.device, stream.model.dtype)
-            report |= on_model(sae, stream, mean, min(tokens, MODEL_TOKENS))
+            mean = (total / accumulators[0].tokens).to(stream.model.device, stream.model.dtype)
+            losses = on_model(several, stream, mean, min(tokens, MODEL_TOKENS))
+            reports = [report | loss for report, loss in zip(reports, losses, strict=True)]
     finally:
-        sae.train(was_training)
-    return report
+        for sae, mode in zip(several, modes, strict=True):
+            sae.train(mode)
+    return reports[0] if isinstance(saes, SAE) else reports
 
 
 def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor, "batch d_in"]]:
     """The stream's activations, up to `tokens` rows; a model's in reading order, which needs no shuffle buffer."""
-    seen = 0
-    parts = (stream.read(item)[0].float() for item in stream.sequences()) if isinstance(stream, Activations) else stream
+    seen, parts = 0, stream
+    if isinstance(stream, Activations):
+        parts = (stream.read(item)[0].float() for item in stream.sequences(by_length=False))
     with tqdm(total=tokens, unit="token", unit_scale=True, desc="evaluate", leave=False, delay=2) as bar:
         for part in parts:
             x = (part.x if isinstance(part, Batch) else part)[: tokens - seen]
@@ -82,36 +93,45 @@ def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor
         raise ValueError("the stream must yield at least one row, got none; is it an iterator that was used up?")
 
 
-def on_model(sae: SAE, stream: Activations, mean: Float[Tensor, " d_in"], tokens: int) -> dict[str, int | float]:
+def on_model(
+    saes: Sequence[SAE], stream: Activations, mean: Float[Tensor, " d_in"], tokens: int
+) -> list[dict[str, int | float]]:
     """Loss and divergence of the model when the site is replaced, over the stream's first sequences."""
     model, site = stream.model, stream.site
-    replacements = {
-        "patched": lambda x: sae(x.flatten(0, 1).float()).to(x.dtype).view_as(x),
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
-    }
-    sums, counted, divergence = dict.fromkeys(("clean", *replacements), 0.0), 0, 0.0
-    for sequence in stream.sequences():
-        content = model.content(sequence).unsqueeze(-1)
-        keep = sequence.mask[:, 1:]
+    ablations = {"zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
+    patches = [lambda x, sae=sae: sae(x.flatten(0, 1).float()).to(x.dtype).view_as(x) for sae in saes]
+    shared, patched = dict.fromkeys(("clean", *ablations), 0.0), [0.0] * len(saes)
+    divergence, counted = [0.0] * len(saes), 0
+    for sequence in stream.sequences(by_length=False):
+        content, keep = model.content(sequence).unsqueeze(-1), sequence.mask[:, 1:]
         targets = sequence.ids[:, 1:][keep]
-        clean = model.logits(sequence)[:, :-1][keep].float()
-        sums["clean"] += torch.nn.functional.cross_entropy(clean, targets, reduction="sum").item()
-        for name, replacement in replacements.items():
-            logits = model.logits(sequence, site, lambda x, f=replacement, c=content: torch.where(c, f(x), x))[:, :-1][
-                keep
-            ].float()
-            sums[name] += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-            if name == "patched":
-                divergence += kl(clean, logits).sum().item()
+
+        def predicted(replace=None, sequence=sequence, content=content, keep=keep):
+            patch = None if replace is None else lambda x: torch.where(content, replace(x), x)
+            return model.logits(sequence, None if patch is None else site, patch)[:, :-1][keep].float()
+
+        clean = predicted()
+        shared["clean"] += F.cross_entropy(clean, targets, reduction="sum").item()
+        for name, ablation in ablations.items():
+            shared[name] += F.cross_entropy(predicted(ablation), targets, reduction="sum").item()
+        for place, patch in enumerate(patches):
+            logits = predicted(patch)
+            patched[place] += F.cross_entropy(logits, targets, reduction="sum").item()
+            divergence[place] += kl(clean, logits).sum().item()
         counted += len(targets)
         if counted >= tokens:
             break
-    losses = {name: value / counted for name, value in sums.items()}
-    return {
-        **{f"loss_{name}": value for name, value in losses.items()},
-        "loss_recovered": loss_recovered(losses["clean"], losses["patched"], losses["zero"]),
-        "loss_recovered_mean": loss_recovered(losses["clean"], losses["patched"], losses["mean"]),
-        "kl": divergence / counted,
-        "model_tokens": counted,
-    }
+    clean, zero, ablated = (shared[name] / counted for name in ("clean", "zero", "mean"))
+    return [
+        {
+            "loss_clean": clean,
+            "loss_patched": loss / counted,
+            "loss_zero": zero,
+            "loss_mean": ablated,
+            "loss_recovered": loss_recovered(clean, loss / counted, zero),
+            "loss_recovered_mean": loss_recovered(clean, loss / counted, ablated),
+            "kl": away / counted,
+            "model_tokens": counted,
+        }
+        for loss, away in zip(patched, divergence, strict=True)
+    ]

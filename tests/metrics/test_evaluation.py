@@ -66,6 +66,32 @@ def test_the_clean_loss_is_that_of_transformers(stream):
     assert report["loss_clean"] == pytest.approx(total / counted, abs=1e-5)
 
 
+def test_a_list_of_saes_gets_the_reports_that_each_gets_alone(stream):
+    saes = [TopKSAE(12, 8, 2), TopKSAE(12, 8, 3, seed=1)]
+    together = evaluate(saes, stream, tokens=100)
+    assert together == [evaluate(sae, stream, tokens=100) for sae in saes]
+    assert together[0]["loss_clean"] == together[1]["loss_clean"]
+    assert together[0]["loss_patched"] != together[1]["loss_patched"]
+
+
+def test_few_tokens_are_a_sample_of_texts_of_all_lengths(stream):
+    many = Activations(stream.model, SITE, texts=TEXTS, forward_tokens=64)
+    lengths = {int(length) for length in next(many.sequences(by_length=False)).mask.sum(1)}
+    assert len(lengths) > 2
+    alike = {int(length) for length in next(many.sequences()).mask.sum(1)}
+    assert len(alike) <= 2
+    windows = [
+        sorted(row[mask].tolist() for ids, m in many.sequences(flag) for row, mask in zip(ids, m, strict=True))
+        for flag in (False, True)
+    ]
+    assert windows[0] == windows[1]
+
+
+def test_no_saes_are_refused():
+    with pytest.raises(ValueError, match="at least one, got none"):
+        evaluate([], [torch.ones(4, 6)], tokens=4)
+
+
 def test_the_training_texts_are_refused_and_other_texts_are_not(stream):
     sae = TopKSAE(12, 8, 2)
     sae_lib.train(sae, stream, tokens=64)
