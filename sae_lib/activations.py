@@ -57,7 +57,8 @@ class Activations:
         grad: whether batches carry the gradient of the language model's summed next-token loss at the site.
         buffer_size: tokens that are shuffled together, at least 2 * batch_size; by default 65,536, or 8 * batch_size if
             that is more. The first batch comes when the buffer is full or all is read. It takes buffer_size * d_in *
-            itemsize bytes on the model's device, twice that with grad.
+            itemsize bytes on the model's device, twice that with grad. One that holds only a few forward passes mixes
+            texts of a few lengths only: lower forward_tokens with it.
         forward_tokens: most tokens, BOS and padding included, in one forward pass over texts (a window that is longer
             has one to itself); lower it where memory is short.
         context: most tokens in a window, BOS included; by default, and at most, the model's.
