@@ -34,17 +34,23 @@ def load(path: str | Path, device: str = "cpu") -> SAE:
         saved = json.loads((path / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json must be JSON, got {path / 'config.json'}: {error}; save the SAE again") from None
-    if any(saved.get(key) != value for key, value in FORMAT.items()):
-        raise ValueError(f"config.json must say {FORMAT}, got { ({key: saved.get(key) for key in FORMAT}) } in {path}")
-    if saved["variant"] not in VARIANTS:
-        raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {saved['variant']!r} in {path}")
+    if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in FORMAT.items()):
+        raise ValueError(f"config.json must say {FORMAT}, got {str(saved)[:80]} in {path}; save it with this version")
+    if saved.get("variant") not in VARIANTS:
+        raise ValueError(
+            f"variant must be one of {sorted(VARIANTS)}, got {saved.get('variant')!r} in {path}; update the library"
+        )
     weights = (path / "weights.safetensors").read_bytes()
-    if hashlib.sha256(weights).hexdigest() != saved["weights_sha256"]:
+    if hashlib.sha256(weights).hexdigest() != saved.get("weights_sha256"):
         raise ValueError(
             f"weights.safetensors must have the sha256 that config.json names, got another in {path}; "
             "copy both files anew"
         )
-    sae = VARIANTS[saved["variant"]](**saved["config"])
-    sae.load_state_dict(load_safetensors(weights))
-    sae.trained_on = saved["trained_on"]
+    try:
+        sae = VARIANTS[saved["variant"]](**saved["config"])
+        sae.load_state_dict(load_safetensors(weights))
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config.json must fit its weights, but not in {path} ({reason}); copy both anew") from None
+    sae.trained_on = list(saved.get("trained_on", []))
     return sae.to(device).eval()

@@ -82,6 +82,7 @@ class SAE(nn.Module, ABC):
         self.trained_on: list[str] = []
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("dead_window", torch.tensor(10_000_000))
+        self.register_buffer("tokens_trained", torch.tensor(0))
         self.register_buffer("tokens_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
 
     # What a variant defines -------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
-        """Once, before the first step: what depends on the data or on the length of the run (`tokens`)."""
+        """Once a run, before its first step: what depends on the data or on the length of the run (`tokens`)."""
         self.dead_window.fill_(min(10_000_000, max(tokens // 20, len(batch.x))))
 
     def before_step(self, progress: float) -> None:
@@ -150,6 +151,7 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         """After the optimiser; the only place where state is written."""
+        self.tokens_trained.add_(len(batch.x))
         self.tokens_since_fired.add_(len(batch.x)).masked_fill_(code.fired(), 0)
         if self.unit_rows and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(self.W_dec.dtype).tiny))
@@ -187,7 +189,7 @@ class SAE(nn.Module, ABC):
             ValueError: if `path` exists and is not a saved SAE.
         """
         path = Path(path)
-        if path.exists() and not (path / "config.json").is_file():
+        if path.exists() and not is_saved(path):
             raise ValueError(
                 f"path must be new or a saved SAE, got {path}, which holds something else; choose another path"
             )
@@ -214,6 +216,28 @@ class SAE(nn.Module, ABC):
         finally:
             shutil.rmtree(new, ignore_errors=True)
         return path
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `SAE.save` wrote this folder."""
+    try:
+        return json.loads((path / "config.json").read_text())["format"] == FORMAT["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def as_batch(item: Batch | Tensor | tuple | list) -> Batch:
+    """What a stream yields, as a `Batch`: a tensor or, as data loaders have it, a tuple or list that starts with one.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(item, Batch):
+        return item
+    x = item[0] if isinstance(item, tuple | list) and len(item) else item
+    if not isinstance(x, Tensor):
+        raise ValueError(f"a stream must yield Batch or tensors (batch, d_in), got {type(x).__name__}; use torch.stack")
+    return Batch(x)
 
 
 def whole(name: str, value: int, least: int = 1, most: int | None = None, most_name: str = "") -> int:

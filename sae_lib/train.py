@@ -8,6 +8,7 @@ Each SAE has its own optimiser, so that training it beside others gives the same
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib.data import Batch
-from sae_lib.sae import SAE, Loss, whole
+from sae_lib.sae import SAE, Loss, as_batch, whole
 
 SCALE_BATCHES = 4
 """Batches on which the global scale is estimated; they are trained on too."""
@@ -67,7 +68,7 @@ def train(
         saes: one SAE or a list; they are trained in place, on the stream's device, in 32 bits.
         stream: anything that yields `Batch` or floating tensors of shape (batch, d_in).
         tokens: rows to train on, at least 1; the last batch may be cut.
-        seed: order of the data, for streams that have a `seed`; None leaves the stream's own.
+        seed: order of the data: becomes the stream's `seed`, where it has one; None leaves the stream's own.
         watch: called with the history every few steps, e.g. `figures.LossCurve()` in a notebook.
 
     Raises:
@@ -86,37 +87,40 @@ def train(
         raise ValueError("the stream must yield at least one batch, got none; is it an iterator that was used up?")
 
     run, began = Run(saes, scale=rms_norm(first)), time.perf_counter()
-    total_steps = max(1, -(-tokens // len(first[0].x)))
+    steps = max(1, round(tokens * len(first) / sum(len(batch.x) for batch in first)))
     optimisers = []
     for sae in saes:
         sae.to(device=first[0].x.device).train()
-        sae.fold(1.0)
+        if sae.tokens_trained:  # its weights are in the units of x
+            sae.fold(float(sae.scale) / run.scale)
+            sae.scale.fill_(1.0)
         sae.start(scaled(first[0], run.scale), tokens)
-        optimisers.append(adam(sae, total_steps))
+        optimisers.append(adam(sae, steps))
 
     waiting: list[dict[str, Any]] = []
-    with progress_bar(tokens) as bar:
-        for step, batch in enumerate(chain(first, batches)):
-            batch = scaled(batch, run.scale)
-            run.tokens += len(batch.x)
-            rate = schedule(step, total_steps)
-            for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
-                loss = one_step(sae, optimiser, batch, rate, step / total_steps)
-                waiting.append(
-                    {"step": step, "tokens": run.tokens, "sae": place, "variant": sae.name}
-                    | measured(sae, batch, loss)
-                    | {"learning_rate": optimiser.param_groups[0]["lr"]}
-                )
-            bar.update(len(batch.x))
-            if (step + 1) % REPORT_EVERY == 0:
-                report(run, waiting, began, bar, watch)
-        report(run, waiting, began, bar, watch)
-
-    for sae in saes:
-        sae.fold(run.scale)
-        sae.eval()
-        if fingerprint := getattr(stream, "fingerprint", None):
-            sae.trained_on = sorted({*sae.trained_on, fingerprint})
+    try:
+        with progress_bar(tokens) as bar:
+            for step, batch in enumerate(chain(first, batches)):
+                batch = scaled(batch, run.scale)
+                rate, progress = schedule(run.tokens, len(batch.x), tokens), run.tokens / tokens
+                run.tokens += len(batch.x)
+                for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
+                    loss = one_step(sae, optimiser, batch, rate, progress)
+                    waiting.append(
+                        {"step": step, "tokens": run.tokens, "sae": place, "variant": sae.name}
+                        | measured(sae, batch, loss)
+                        | {"learning_rate": optimiser.param_groups[0]["lr"]}
+                    )
+                bar.update(len(batch.x))
+                if (step + 1) % REPORT_EVERY == 0:
+                    report(run, waiting, began, bar, watch)
+            report(run, waiting, began, bar, watch)
+    finally:  # also when the run is interrupted: what was trained can be used, in the units of x
+        for sae in saes:
+            sae.fold(run.scale)
+            sae.eval()
+            if fingerprint := getattr(stream, "fingerprint", None):
+                sae.trained_on = sorted({*sae.trained_on, fingerprint})
     run.seconds = time.perf_counter() - began
     if run.tokens < tokens:
         tqdm.write(f"the stream ended: trained on {run.tokens:,} of {tokens:,} tokens", file=sys.stderr)
@@ -157,10 +161,13 @@ def default_learning_rate(d_sae: int, steps: int) -> float:
     return min(2e-4 * (2**14 / d_sae) ** 0.5 * max(1.0, (10_000 / steps) ** 0.5), 5e-3)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Multiplier of the learning rate: linear warm-up, constant, linear decay towards zero at the end."""
-    warm_up = min(WARM_UP_STEPS, max(1, round(WARM_UP * steps)))
-    return max(0.0, min(1.0, (step + 1) / warm_up, (steps - step) / max(1.0, DECAY * steps)))
+def schedule(seen: int, size: int, tokens: int) -> float:
+    """Multiplier of the learning rate for a batch of `size` tokens, after `seen` of `tokens`.
+
+    Linear warm-up, constant, linear decay towards zero at the end.
+    """
+    warm_up = min(WARM_UP * tokens, WARM_UP_STEPS * size)
+    return min(1.0, (seen + size) / warm_up, (tokens - seen) / (DECAY * tokens))
 
 
 def rms_norm(batches: Sequence[Batch]) -> float:
@@ -187,7 +194,7 @@ def checked_batches(stream: Iterable[Batch | Tensor], saes: Sequence[SAE], token
     needs = frozenset().union(*(sae.needs for sae in saes))
     seen = 0
     for step, item in enumerate(stream):
-        batch = item if isinstance(item, Batch) else Batch(item)
+        batch = as_batch(item)
         for sae in saes:
             sae.checked(batch.x)
         if not len(batch.x):
@@ -233,10 +240,10 @@ def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callab
     for row in waiting:
         row = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         run.history.append(row | {"tokens_per_second": rate})
-        if row["loss"] != row["loss"]:
+        if not math.isfinite(row["loss"]):
             raise ValueError(
-                f"the loss of sae {row['sae']} ({row['variant']}) became NaN at step {row['step']}; "
-                "lower its learning rate"
+                f"the loss must stay finite, got {row['loss']} for sae {row['sae']} ({row['variant']}) at step "
+                f"{row['step']}; set sae.learning_rate below {row['learning_rate']:g}"
             )
     if waiting:
         last = run.history[-1]

@@ -107,6 +107,10 @@ def test_saving_replaces_an_older_sae_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="new or a saved SAE"):
         first.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
+    (tmp_path / "mine" / "config.json").write_text('{"model_type": "gpt2"}')  # as another library writes it
+    with pytest.raises(ValueError, match="new or a saved SAE"):
+        first.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
 
 
 def test_a_failed_save_leaves_the_older_one_whole(tmp_path, monkeypatch):
@@ -132,6 +136,9 @@ def change_config(folder, **changes):
         (lambda folder: (folder / "config.json").write_text("{"), "must be JSON"),
         (lambda folder: change_config(folder, format="other"), "must say"),
         (lambda folder: change_config(folder, variant="topp"), "variant must be one of.*'topp'"),
+        (lambda folder: change_config(folder, config={"d_in": 6, "d_sae": 13, "k": 3}), "must fit its weights"),
+        (lambda folder: change_config(folder, config={"d_in": 6}), "must fit its weights"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must say"),
     ],
 )
 def test_a_damaged_folder_is_refused_with_the_reason(tmp_path, damage, message):

@@ -73,12 +73,54 @@ def test_training_on_goes_on_in_the_trainings_units():
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [schedule(step, 100) for step in range(100)]
+    rates = [schedule(step, 1, 100) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(rates[5:80]) == {1.0}
     assert rates[-1] == pytest.approx(1 / 20)
-    assert schedule(0, 1) > 0
-    assert schedule(999, 1_000_000) == 1  # never more than 1,000 steps of warm-up
+    assert schedule(0, 1, 1) > 0
+    assert schedule(999, 1, 1_000_000) == 1  # never more than 1,000 steps of warm-up
+
+
+def test_the_schedule_follows_tokens_when_batches_differ_in_size():
+    run = train(TopKSAE(6, 12, 3), [*data(n=1, size=512), *data(n=100, size=16)], tokens=512 + 1600)
+    rates = [row["learning_rate"] for row in run.history]
+    assert rates[50] == max(rates)
+    assert 0 < rates[-1] < 0.1 * max(rates)
+
+
+def test_training_on_starts_from_what_was_learned():
+    sae, x = TopKSAE(6, 12, 3), data(seed=4)[0]
+    train(sae, data(), tokens=640)
+    offset, x_hat = sae.b_dec.clone(), sae(x)
+    sae.learning_rate = 0.0
+    train(sae, [3 * x + 50 for x in data()], tokens=640)
+    assert torch.allclose(sae.b_dec, offset, rtol=1e-4)
+    assert torch.allclose(sae(x), x_hat, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_run_leaves_saes_in_the_units_of_x():
+    def interrupted():
+        yield from data(n=5)
+        raise KeyboardInterrupt
+
+    sae = TopKSAE(6, 12, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(sae, interrupted(), tokens=640)
+    assert sae.scale > 5
+    assert not sae.training
+
+
+def test_a_data_loader_is_a_stream():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.cat(data())), batch_size=32)
+    assert train(TopKSAE(6, 12, 3), loader, tokens=640).tokens == 640
+
+
+def test_64_features_in_32_dimensions_are_recovered_within_three_million_tokens():
+    planted = PlantedDictionary(64, 32, active=3)
+    topk, batchtopk = TopKSAE(32, 64, 3), BatchTopKSAE(32, 64, 3)
+    train([topk, batchtopk], planted.batches(2048, seed=0), tokens=3_000_000)
+    assert mcc(topk.W_dec.detach(), planted.directions) > 0.85
+    assert mcc(batchtopk.W_dec.detach(), planted.directions) > 0.80
 
 
 def test_the_default_learning_rate_serves_widths_and_lengths_of_runs():
@@ -127,6 +169,7 @@ def spoilt(position, value):
         (TopKSAE(6, 12, 3), [], "at least one batch, got none"),
         (TopKSAE(5, 12, 3), data(), r"d_in=5.*\(32, 6\)"),
         (TopKSAE(6, 12, 3), torch.zeros(8, 6), r"x\.split"),
+        (TopKSAE(6, 12, 3), ["text"], "must yield Batch or tensors.*got str"),
         (TopKSAE(6, 12, 3), [torch.zeros(8, 6, dtype=torch.int32)], r"floating, got torch\.int32"),
         (TopKSAE(6, 12, 3), spoilt(7, float("nan")), "0.52% NaN or infinite entries at step 7"),
         (TopKSAE(6, 12, 3), spoilt(2, float("inf")), "at step 2"),

@@ -14,7 +14,7 @@ from sae_lib.activations import Activations
 from sae_lib.data import Batch
 from sae_lib.metrics.reconstruction import Reconstruction, kl, loss_recovered
 from sae_lib.models import LanguageModel
-from sae_lib.sae import SAE, whole
+from sae_lib.sae import SAE, as_batch, whole
 
 MODEL_TOKENS = 16_384
 """Tokens on which the model itself is run; fewer if fewer are asked for."""
@@ -35,7 +35,7 @@ def evaluate(
     prediction from the clean one. BOS is left as it is in all. What does not depend on the SAE is computed once.
 
     Args:
-        saes: one SAE or a list.
+        saes: one SAE or a list; they are moved to the stream's device.
         stream: held-out activations, in the units of x; `Activations`, or anything that yields `Batch` or (batch,
             d_in).
         tokens: rows to use, at least 1; fewer if the stream ends. The report says how many.
@@ -61,6 +61,7 @@ def evaluate(
         accumulators, total = [Reconstruction() for _ in several], 0.0
         for x in rows(stream, tokens):
             for sae, accumulator in zip(several, accumulators, strict=True):
+                sae.to(x.device)
                 accumulator.update(x, sae(x), sae.encode(x))
             total = total + x.double().sum(0)
         reports = [accumulator.compute() for accumulator in accumulators]
@@ -81,7 +82,7 @@ def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor
         parts = (stream.read(item)[0].float() for item in stream.sequences(by_length=False))
     with tqdm(total=tokens, unit="token", unit_scale=True, desc="evaluate", leave=False, delay=2) as bar:
         for part in parts:
-            x = (part.x if isinstance(part, Batch) else part)[: tokens - seen]
+            x = as_batch(part).x[: tokens - seen]
             if not len(x):
                 continue
             yield x

@@ -56,7 +56,7 @@ def feature_correlations(
     z, truth = finite_matrices(z=z, truth=truth)
     if len(z) != len(truth):
         raise ValueError(f"truth must have the {len(z)} tokens of z, got {len(truth)}")
-    z, truth = (F.normalize((values - values.mean(0)).double(), dim=0) for values in (z, truth))
+    z, truth = (F.normalize(values - values.mean(0), dim=0) for values in (z.double(), truth.double()))
     return (z.T @ truth).float()
 
 
@@ -155,7 +155,9 @@ def mixedness(examples: Int[Tensor, "units most"], labels: Int[Tensor, " tokens"
             f"labels must number the kind of every token from 0, got {len(labels)} of them, the least "
             f"{int(labels.min())}, for examples up to token {int(examples.max())}"
         )
-    kinds = torch.where(examples >= 0, labels[examples.clamp(min=0)], -1 - torch.arange(examples.shape[1]))
+    kinds = torch.where(
+        examples >= 0, labels[examples.clamp(min=0)], -1 - torch.arange(examples.shape[1], device=examples.device)
+    )
     alike = (kinds[:, :, None] == kinds[:, None, :]).sum((1, 2)) - examples.shape[1]
     n = (examples >= 0).sum(1)
     return 1 - alike.float() / (n * (n - 1)).float()

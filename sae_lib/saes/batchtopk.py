@@ -60,7 +60,8 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
         super().start(batch, tokens)
-        self.b_dec.copy_(geometric_median(batch.x))
+        if not self.tokens_trained:
+            self.b_dec.copy_(geometric_median(batch.x))
 
     def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
         return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sae_lib.data import Batch
-from sae_lib.sae import SAE, whole
+from sae_lib.sae import SAE, as_batch, whole
 from sae_lib.saes.relu import ReLUSAE
 
 
@@ -87,7 +87,7 @@ def pca(stream: Iterable[Batch | Tensor], rank: int, tokens: int = 100_000) -> R
     whole("tokens", tokens)
     sae, seen = None, 0
     for item in stream:
-        x = (item.x if isinstance(item, Batch) else item)[: tokens - seen]
+        x = as_batch(item).x[: tokens - seen]
         if not len(x):
             continue
         if sae is None:
@@ -97,7 +97,11 @@ def pca(stream: Iterable[Batch | Tensor], rank: int, tokens: int = 100_000) -> R
             total, squares = torch.zeros_like(origin), origin.new_zeros(d_in, d_in)
         x = sae.checked(x).double() - origin
         if not torch.isfinite(x).all():
-            raise ValueError("activations must be finite, got NaN or infinite ones; is a 16-bit model overflowing?")
+            share = 1 - torch.isfinite(x).double().mean().item()
+            raise ValueError(
+                f"activations must be finite, got {share:.2%} NaN or infinite entries after {seen} rows; "
+                "look for overflow in a 16-bit model, or drop those rows"
+            )
         total += x.sum(0)
         squares += x.T @ x
         seen += len(x)
@@ -110,6 +114,7 @@ def pca(stream: Iterable[Batch | Tensor], rank: int, tokens: int = 100_000) -> R
     sae.W_dec.copy_(torch.cat([components, -components]))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.copy_(origin + mean)
+    sae.tokens_trained.fill_(seen)
     if fingerprint := getattr(stream, "fingerprint", None):
         sae.trained_on = [fingerprint]
     return sae

@@ -54,7 +54,8 @@ class TopKSAE(SAE):
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
         super().start(batch, tokens)
-        self.b_dec.copy_(geometric_median(batch.x))
+        if not self.tokens_trained:
+            self.b_dec.copy_(geometric_median(batch.x))
 
     def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
         return top_of_rows(scores, self.k)
