@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sae_lib.metrics.polysemanticity import top_examples
-from sae_lib.sparse import Code, above, top_of_batch, top_of_rows
+from sae_lib.selection import above, top_of_batch, top_of_rows
+from sae_lib.sparse import Code
 
 MOST = 30
 """Largest number of tokens and of latents in a picture: more is no longer a picture."""

@@ -23,7 +23,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from sae_lib.data import Batch
-from sae_lib.sparse import Code, top_of_rows
+from sae_lib.selection import top_of_rows
+from sae_lib.sparse import Code, Scores
 
 FORMAT = {"format": "sae_lib", "format_version": 1}
 
@@ -87,12 +88,12 @@ class SAE(nn.Module, ABC):
 
     # What a variant defines -------------------------------------------------------------------------------------------
 
-    def scores(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """``(x - b_dec) W_enc + b_enc``; ``b_dec`` goes into the bias, so that its gradient costs no second product."""
-        return F.linear(x, self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)
+    def scores(self, x: Float[Tensor, "batch d_in"]) -> Scores:
+        """``(x - b_dec) W_enc + b_enc``, of which a selection computes what it needs; ``.dense()`` gives all."""
+        return Scores(x, self.W_enc, self.b_enc, self.b_dec)
 
     @abstractmethod
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
+    def select(self, scores: Scores, batch: Batch) -> Code:
         """Which pairs live, and with which value. In training it may look at the whole batch; in evaluation it is
         deterministic and treats each token alone."""
 
@@ -287,7 +288,7 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
     return (x - x_hat).square().sum(1).mean()
 
 
-def auxk(sae: SAE, scores: Float[Tensor, "batch d_sae"], residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+def auxk(sae: SAE, scores: Scores, residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """The loss that revives dead latents: how badly the best dead ones explain what is left over.
 
     ``AuxK = |e - e_hat|^2 / |e - mean(e)|^2`` with ``e`` the residual, held constant, and ``e_hat`` its
@@ -295,11 +296,11 @@ def auxk(sae: SAE, scores: Float[Tensor, "batch d_sae"], residual: Float[Tensor,
     dimensions and the batch. 0 where none is dead. Source: Gao et al. 2024, section 2.4, as in the
     dictionary_learning library. Chapter `topk`.
     """
-    dead = sae.dead
-    n_dead = int(dead.sum())
-    if n_dead == 0:
-        return scores.new_zeros(())
+    dead = sae.dead.nonzero().squeeze(1)
+    if not len(dead):
+        return residual.new_zeros(())
     residual = residual.detach()
-    code = top_of_rows(scores.masked_fill(~dead, -torch.inf), min(max(sae.d_in // 2, 1), n_dead))
+    code = top_of_rows(scores.of(dead), min(max(sae.d_in // 2, 1), len(dead)))
     spread = (residual - residual.mean(0)).square().sum()
-    return (residual - code.decode(sae.W_dec)).square().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    error = (residual - code.decode(sae.W_dec.index_select(0, dead))).square().sum()
+    return error / spread.clamp(min=torch.finfo(spread.dtype).tiny)

@@ -1,17 +1,28 @@
-"""The sparse engine: which (token, latent) pairs live, and what their directions add up to.
+"""The sparse engine: scores of all pairs as a recipe, a code as its living pairs, and gradients through those alone.
 
-A code is stored as its living pairs where few live, and as a dense matrix where many do (ReLU before its penalty
-bites). `Code.decode` costs as much as there are pairs: ``pairs x d_in`` multiplications, not ``batch x d_sae x d_in``.
+Dense, a training step costs five products of a (batch, d_in) with a (d_in, d_sae) matrix: scores, reconstruction, and
+the gradients of both weights and of the code. Where few pairs live, four of the five touch those pairs only, and what
+remains is the first: to know who lives, all pairs are scored once. `sae_lib.selection` does that; here stand the code
+that it returns and the gradients. Chapter `speed`.
+
+    x_hat_t       = sum over living latents i of token t    z_ti W_dec,i
+    dL/dz_ti      = dL/dx_hat_t . W_dec,i
+    dL/dW_dec,i   = sum over tokens t where i lives         z_ti dL/dx_hat_t
+    dL/dW_enc,:i  = sum over tokens t where i lives         dL/ds_ti (x_t - b_dec)
+    dL/db_dec     = - W_enc dL/db_enc                       the part that comes through the encoder
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Code:
@@ -20,7 +31,7 @@ class Code:
     Args:
         rows: token of each pair, ascending.
         cols: latent of each pair.
-        values: activation of each pair, positive.
+        values: activation of each pair.
         shape: ``(batch, d_sae)``.
     """
 
@@ -44,13 +55,36 @@ class Code:
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
         """Sum over each token's living latents of value times direction, without the decoder's bias."""
-        counts = torch.bincount(self.rows, minlength=self.shape[0])
-        return F.embedding_bag(self.cols, W_dec, counts.cumsum(0) - counts, mode="sum", per_sample_weights=self.values)
+        return Decode.apply(W_dec, self.values, self)
 
-    def latents(self, start: int, stop: int) -> Code:
-        """The pairs whose latent lies in ``[start, stop)``; the shape stays."""
-        keep = (self.cols >= start) & (self.cols < stop)
-        return Code(self.rows[keep], self.cols[keep], self.values[keep], self.shape)
+    def map(self, function: Callable[..., Tensor], *of_latents: Float[Tensor, " d_sae"]) -> Code:
+        """The same pairs with values ``function(values, ...)``, followed by each pair's entry of vectors over latents.
+
+        `function` works entry by entry, and must give zero for pairs that do not live.
+        """
+        values = function(self.values, *(vector.index_select(0, self.cols) for vector in of_latents))
+        code = Code(self.rows, self.cols, values, self.shape)
+        vars(code).update({name: vars(self)[name] for name in ("starts", "by_latent") if name in vars(self)})
+        return code
+
+    def sum(self) -> Float[Tensor, ""]:
+        """Sum of all values."""
+        return self.values.sum()
+
+    def living(self) -> Code:
+        """The pairs whose value is positive."""
+        alive = (self.values > 0).nonzero().squeeze(1)
+        return Code(self.rows[alive], self.cols[alive], self.values[alive], self.shape)
+
+    def split(self, sizes: Sequence[int]) -> list[Code]:
+        """One code for each of consecutive groups of latents, whose `sizes` add up to d_sae."""
+        codes = []
+        for size, stop in zip(sizes, accumulate(sizes), strict=True):
+            chosen = ((self.cols >= stop - size) & (self.cols < stop)).nonzero().squeeze(1)
+            codes.append(
+                Code(self.rows[chosen], self.cols[chosen] - (stop - size), self.values[chosen], (self.shape[0], size))
+            )
+        return codes
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
         """Which latents live on at least one token of the batch."""
@@ -59,6 +93,17 @@ class Code:
     def l0(self) -> Float[Tensor, ""]:
         """Living latents a token, mean over the batch."""
         return torch.as_tensor(len(self.cols) / self.shape[0], device=self.cols.device)
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " batch"]:
+        """Where each token's pairs begin."""
+        return first_of_each(self.rows, self.shape[0])
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " d_sae"]]:
+        """The order of the pairs that sorts them by latent, then token, and where each latent's pairs begin."""
+        # 32 bits sort and gather in half the time
+        return self.cols.int().sort(stable=True).indices, first_of_each(self.cols, self.shape[1])
 
 
 class DenseCode(Code):
@@ -81,6 +126,18 @@ class DenseCode(Code):
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
         return self.z @ W_dec
 
+    def map(self, function: Callable[..., Tensor], *of_latents: Float[Tensor, " d_sae"]) -> Code:
+        return DenseCode(function(self.z, *of_latents))
+
+    def sum(self) -> Float[Tensor, ""]:
+        return self.z.sum()
+
+    def living(self) -> Code:
+        return self
+
+    def split(self, sizes: Sequence[int]) -> list[Code]:
+        return [DenseCode(z) for z in self.z.split(list(sizes), dim=1)]
+
     def fired(self) -> Bool[Tensor, " d_sae"]:
         return (self.z != 0).any(0)
 
@@ -88,23 +145,137 @@ class DenseCode(Code):
         return (self.z != 0).sum(1).float().mean()
 
 
-def top_of_rows(scores: Float[Tensor, "batch d_sae"], k: int) -> Code:
-    """The k largest scores of each row that are positive."""
-    values, cols = scores.topk(k, dim=1, sorted=False)
-    alive = values > 0
-    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(cols)
-    return Code(rows[alive], cols[alive], values[alive], tuple(scores.shape))
+class Scores:
+    """The scores of all (token, latent) pairs, ``(x - b_dec) W_enc + b_enc``, as a recipe.
+
+    A selection computes of them what it needs (`sae_lib.selection`); `dense` computes all.
+
+    Args:
+        x: activations.
+        W_enc: encoder; laid out column-major (`sae_lib.sae.column_major`), a latent's weights are read in one piece.
+        b_enc: bias of each latent.
+        b_dec: subtracted from x first; None for variants that do not.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        b_dec: Float[Tensor, " d_in"] | None = None,
+    ):
+        self.x, self.W_enc, self.b_enc, self.b_dec = x, W_enc, b_enc, b_dec
+        self.shape = (len(x), W_enc.shape[1])
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """All scores; gradients through this are dense products. `b_dec` goes into the bias: no product of its own."""
+        bias = self.b_enc if self.b_dec is None else self.b_enc - self.b_dec @ self.W_enc
+        return F.linear(self.x, self.W_enc.T, bias)
+
+    def of(self, latents: Int[Tensor, " some"]) -> Scores:
+        """The scores of some latents only."""
+        return Scores(self.x, self.W_enc.T.index_select(0, latents).T, self.b_enc[latents], self.b_dec)
+
+    @cached_property
+    def centred(self) -> Float[Tensor, "batch d_in"]:
+        """``x - b_dec``, without gradient."""
+        return self.x.detach() if self.b_dec is None else self.x.detach() - self.b_dec.detach()
+
+    @torch.no_grad()
+    def at(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """The scores of some pairs, in the weights' precision, without gradient; rows ascending."""
+        return products(self.centred, self.W_enc.T, rows, cols).add_(self.b_enc.index_select(0, cols))
+
+    def code(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"]) -> Code:
+        """The code of some pairs, whose `values` are their scores: gradients flow through these pairs only."""
+        code = Code(rows, cols, values, self.shape)
+        if torch.is_grad_enabled():
+            code.values = Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, values, self.centred, code)
+        return code
 
 
-def top_of_batch(scores: Float[Tensor, "batch d_sae"], k: int) -> Code:
-    """The ``k * batch`` largest scores of the whole batch that are positive."""
-    flat = scores.flatten()
-    values, index = flat.topk(k * len(scores), sorted=False)
-    index = index[values > 0].sort().values
-    rows = torch.div(index, scores.shape[1], rounding_mode="floor")
-    return Code(rows, index % scores.shape[1], flat[index], tuple(scores.shape))
+class Score(torch.autograd.Function):
+    """Values of living pairs as a function of x and the encoder; they were computed when the pairs were chosen."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_dec, values, centred, pairs):
+        ctx.save_for_backward(W_enc, centred)
+        ctx.pairs = pairs
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (W_enc, centred), pairs = ctx.saved_tensors, ctx.pairs
+        for_x, for_W_enc, for_b_enc, for_b_dec = ctx.needs_input_grad[:4]
+        d_x = d_W_enc = d_b_enc = d_b_dec = None
+        if for_b_enc or for_b_dec:
+            d_b_enc = grad.new_zeros(pairs.shape[1]).index_add_(0, pairs.cols, grad)
+        if for_W_enc:
+            d_W_enc = sum_by_latent(centred, grad, pairs).T
+        if for_b_dec:
+            d_b_dec = -(W_enc @ d_b_enc)
+        if for_x:
+            d_x = sum_by_token(W_enc.T, grad, pairs)
+        return d_x, d_W_enc, d_b_enc if for_b_enc else None, d_b_dec, None, None, None
 
 
-def above(scores: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, "..."]) -> Code:
-    """The scores that are positive and above a threshold: one for all latents, or one a latent."""
-    return Code.from_dense(scores * (scores > threshold.clamp(min=0)))
+class Decode(torch.autograd.Function):
+    """Sum of value times direction over the living pairs of each token."""
+
+    @staticmethod
+    def forward(ctx, W_dec, values, pairs):
+        ctx.save_for_backward(W_dec, values)
+        ctx.pairs = pairs
+        return sum_by_token(W_dec, values, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (W_dec, values), pairs = ctx.saved_tensors, ctx.pairs
+        grad = grad.contiguous()
+        d_W_dec = sum_by_latent(grad, values, pairs) if ctx.needs_input_grad[0] else None
+        d_values = products(grad, W_dec, pairs.rows, pairs.cols) if ctx.needs_input_grad[1] else None
+        return d_W_dec, d_values, None
+
+
+# Three operations over pairs; each reads one row of a matrix a pair and never stores (pairs, d_in) --------------------
+
+
+def products(
+    a: Float[Tensor, "batch d_in"],
+    b: Float[Tensor, "d_sae d_in"],
+    rows: Int[Tensor, " pairs"],
+    cols: Int[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """The inner product ``a[row] . b[col]`` of each pair."""
+    if not len(rows):
+        return a.new_zeros(0)
+    starts = first_of_each(rows, len(a))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b.contiguous(), cols, starts, rows, 0)
+
+
+def sum_by_token(
+    directions: Float[Tensor, "d_sae d_in"], values: Float[Tensor, " pairs"], pairs: Code
+) -> Float[Tensor, "batch d_in"]:
+    """Sum over each token's pairs of value times the latent's row of `directions`."""
+    return weighted_sums(directions, values, pairs.cols, pairs.starts)
+
+
+def sum_by_latent(
+    x: Float[Tensor, "batch d_in"], values: Float[Tensor, " pairs"], pairs: Code
+) -> Float[Tensor, "d_sae d_in"]:
+    """Sum over each latent's pairs of value times the token's row of `x`."""
+    order, starts = pairs.by_latent
+    return weighted_sums(x, values[order], pairs.rows[order], starts)
+
+
+def weighted_sums(matrix: Tensor, values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
+    """For each bag of pairs, which begins at its entry of `starts`: the sum of value times row of `matrix`."""
+    return F.embedding_bag(index, matrix.contiguous(), starts, mode="sum", per_sample_weights=values)
+
+
+def first_of_each(groups: Int[Tensor, " pairs"], count: int) -> Int[Tensor, " count"]:
+    """Where each of `count` groups begins among pairs that are sorted by group."""
+    sizes = torch.bincount(groups, minlength=count)
+    return sizes.cumsum(0).sub_(sizes)

@@ -12,6 +12,7 @@ import torch
 import sae_lib
 from sae_lib.components import RULES, Piece, Rule, selection_picture, slider, token_text, unit_text
 from sae_lib.data import Batch
+from sae_lib.sparse import Scores
 
 SCRIPT = (Path(sae_lib.__file__).parent / "assets/components.js").read_text()
 SCORES = torch.tensor(
@@ -65,7 +66,8 @@ def test_the_picture_shows_what_the_variant_selects(rule, variant):
     [outcome] = [rules[i] for i in range(len(RULES)) if RULES[i].name == rule]
     for k in (1, 3, 6):
         [state] = [state for state in outcome["states"] if state["level"] == str(k)]
-        selected = variant(4, 9, k).train().select(scores, Batch(torch.zeros(7, 4))).dense() > 0
+        recipe = Scores(scores, torch.eye(9), torch.zeros(9))
+        selected = variant(4, 9, k).train().select(recipe, Batch(torch.zeros(7, 4))).dense() > 0
         assert state["alive"] == "".join("01"[live] for live in selected.flatten().tolist())
         assert state["rows"] == selected.sum(1).tolist()
         assert state["columns"] == selected.sum(0).tolist()

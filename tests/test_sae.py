@@ -29,12 +29,12 @@ def test_scores_are_those_of_the_shifted_input():
     with torch.no_grad():
         sae.b_dec.normal_()
         sae.b_enc.normal_()
-    assert torch.allclose(sae.scores(x), (x - sae.b_dec) @ sae.W_enc + sae.b_enc, atol=1e-5)
+    assert torch.allclose(sae.scores(x).dense(), (x - sae.b_dec) @ sae.W_enc + sae.b_enc, atol=1e-5)
 
 
 def test_auxk_is_zero_where_none_is_dead():
     sae = identity_sae()
-    assert auxk(sae, torch.ones(3, 2), torch.ones(3, 2)) == 0
+    assert auxk(sae, sae.scores(torch.ones(3, 2)), torch.ones(3, 2)) == 0
 
 
 def test_auxk_by_hand():
@@ -42,7 +42,7 @@ def test_auxk_by_hand():
     sae.dead_window.fill_(1)
     sae.tokens_since_fired.copy_(torch.tensor([0, 5]))
     residual = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
-    scores = torch.tensor([[9.0, 1.0], [9.0, -1.0]])
+    scores = sae.scores(torch.tensor([[9.0, 1.0], [9.0, -1.0]]))  # the encoder is the identity
     # Only latent 1 is dead; it explains 1 of the 2 on the first token: (2 - 1)^2 / ((2 - 1)^2 + (0 - 1)^2)
     assert auxk(sae, scores, residual).item() == pytest.approx(0.5)
 

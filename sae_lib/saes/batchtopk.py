@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
-from sae_lib.sparse import Code, above, top_of_batch
+from sae_lib.selection import above, top_of_batch
+from sae_lib.sparse import Code, Scores
 
 MEMORY = 0.99
 """Share of the running mean that one step keeps: it remembers about 100 batches."""
@@ -63,7 +64,7 @@ class BatchTopKSAE(SAE):
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
+    def select(self, scores: Scores, batch: Batch) -> Code:
         return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)
 
     def loss(self, batch: Batch) -> Loss:

@@ -21,13 +21,13 @@ available.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
-from sae_lib.sparse import Code
+from sae_lib.selection import near
+from sae_lib.sparse import Code, Scores
 
 WARM_UP = 0.05
 """Share of the run over which the penalty grows to its full weight."""
@@ -70,26 +70,36 @@ class GatedSAE(SAE):
     def before_step(self, progress: float) -> None:
         self.warm = min(1.0, progress / WARM_UP)
 
-    def scores(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    def scores(self, x: Float[Tensor, "batch d_in"]) -> Scores:
         """``(x - b_dec) W_enc``: what gate and magnitude share, before their biases."""
-        return F.linear(x, self.W_enc.T, -self.b_dec @ self.W_enc)
+        return Scores(x, self.W_enc, torch.zeros_like(self.b_gate), self.b_dec)
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
-        magnitude = (self.r_mag.exp() * scores + self.b_mag).relu()
-        return Code.from_dense(magnitude * (scores + self.b_gate > 0))
+    def select(self, scores: Scores, batch: Batch) -> Code:
+        return self.magnitudes(near(scores, -self.b_gate)).living()
+
+    def magnitudes(self, shared: Code) -> Code:
+        """``H(gate) * ReLU(exp(r) * p + b_mag)`` of pairs with what gate and magnitude share."""
+        return shared.map(magnitude, self.r_mag, self.b_mag, self.b_gate)
 
     def loss(self, batch: Batch) -> Loss:
-        scores = self.scores(batch.x)
-        code = self.select(scores, batch)
+        shared = near(self.scores(batch.x), -self.b_gate)
+        code = self.magnitudes(shared).living()
         x_hat = self.decode(code)
-        gate = (scores + self.b_gate).relu()
-        gate_x_hat = gate @ self.W_dec.detach() + self.b_dec.detach()
+        gate = shared.map(lambda p, b_gate: (p + b_gate).relu(), self.b_gate)
+        gate_x_hat = gate.decode(self.W_dec.detach()) + self.b_dec.detach()
         return Loss(
             {
                 "reconstruction": squared_error(batch.x, x_hat),
-                "sparsity": self.l1_coeff * self.warm * gate.sum(1).mean(),
+                "sparsity": self.l1_coeff * self.warm * gate.sum() / len(batch.x),
                 "aux": squared_error(batch.x, gate_x_hat),
             },
             code,
             x_hat,
         )
+
+
+def magnitude(
+    p: Float[Tensor, "*pairs"], r_mag: Float[Tensor, "..."], b_mag: Float[Tensor, "..."], b_gate: Float[Tensor, "..."]
+) -> Float[Tensor, "*pairs"]:
+    """The activation of pairs, pair by pair; zero where the gate is shut."""
+    return (r_mag.exp() * p + b_mag).relu() * (p + b_gate > 0)

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
-from sae_lib.sparse import Code, above
+from sae_lib.selection import above, near
+from sae_lib.sparse import Code, Scores
 
 WARM_UP = 0.05
 """Share of the run over which the sparsity term grows to its full weight."""
@@ -86,22 +87,22 @@ class JumpReLUSAE(SAE):
     def before_step(self, progress: float) -> None:
         self.warm = min(1.0, progress / WARM_UP)
 
-    def scores(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    def scores(self, x: Float[Tensor, "batch d_in"]) -> Scores:
         """``x W_enc + b_enc``: this variant does not subtract `b_dec` first."""
-        return x @ self.W_enc + self.b_enc
+        return Scores(x, self.W_enc, self.b_enc)
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
-        if self.training:
-            return Code.from_dense(Jump.apply(scores, self.threshold, self.bandwidth))
+    def select(self, scores: Scores, batch: Batch) -> Code:
         return above(scores, self.threshold)
 
     def loss(self, batch: Batch) -> Loss:
-        scores = self.scores(batch.x)
-        code = self.select(scores, batch)
-        x_hat = self.decode(code)
-        l0 = Step.apply(scores, self.threshold, self.bandwidth).sum(1).mean()
+        scores = near(self.scores(batch.x), self.threshold - self.bandwidth / 2)  # the window's pairs learn too
+        z = scores.map(lambda s, threshold: Jump.apply(s, threshold, self.bandwidth), self.threshold)
+        lives = scores.map(lambda s, threshold: Step.apply(s, threshold, self.bandwidth), self.threshold)
+        x_hat = self.decode(z)
+        l0 = lives.sum() / len(batch.x)
         sparsity = self.l0_coeff * l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
-        return Loss({"reconstruction": squared_error(batch.x, x_hat), "sparsity": self.warm * sparsity}, code, x_hat)
+        terms = {"reconstruction": squared_error(batch.x, x_hat), "sparsity": self.warm * sparsity}
+        return Loss(terms, z.living(), x_hat)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
@@ -122,7 +123,8 @@ class Jump(torch.autograd.Function):
     def backward(ctx, grad):
         scores, threshold = ctx.saved_tensors
         window = (scores - threshold).abs() < ctx.bandwidth / 2
-        return grad * (scores > threshold), -(threshold / ctx.bandwidth) * (grad * window).sum(0), None
+        by_threshold = -(threshold / ctx.bandwidth) * (grad * window)
+        return grad * (scores > threshold), by_threshold.sum_to_size(threshold.shape), None
 
 
 class Step(torch.autograd.Function):
@@ -138,4 +140,4 @@ class Step(torch.autograd.Function):
     def backward(ctx, grad):
         scores, threshold = ctx.saved_tensors
         window = (scores - threshold).abs() < ctx.bandwidth / 2
-        return None, -(grad * window).sum(0) / ctx.bandwidth, None
+        return None, -(grad * window / ctx.bandwidth).sum_to_size(threshold.shape), None

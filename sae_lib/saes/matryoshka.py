@@ -19,16 +19,15 @@ abstract was available.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
 from sae_lib.saes.batchtopk import update_threshold
-from sae_lib.sparse import Code, above, top_of_batch
+from sae_lib.selection import above, top_of_batch
+from sae_lib.sparse import Code, Scores
 
 
 class MatryoshkaSAE(SAE):
@@ -83,15 +82,15 @@ class MatryoshkaSAE(SAE):
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
+    def select(self, scores: Scores, batch: Batch) -> Code:
         return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)
 
     def loss(self, batch: Batch) -> Loss:
         scores = self.scores(batch.x)
         code = self.select(scores, batch)
         x_hat, errors = self.b_dec, []
-        for start, stop in pairwise(accumulate(self.group_sizes, initial=0)):
-            x_hat = x_hat + code.latents(start, stop).decode(self.W_dec)
+        for group, directions in zip(code.split(self.group_sizes), self.W_dec.split(self.group_sizes), strict=True):
+            x_hat = x_hat + group.decode(directions)
             errors.append(squared_error(batch.x, x_hat))
         return Loss(
             {

@@ -20,12 +20,12 @@ left out: it is the same architecture under another schedule, and no chapter nee
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
-from sae_lib.sparse import Code
+from sae_lib.selection import above
+from sae_lib.sparse import Code, Scores
 
 WARM_UP = 0.05
 """Share of the run over which the penalty grows to its full weight."""
@@ -62,17 +62,17 @@ class ReLUSAE(SAE):
     def before_step(self, progress: float) -> None:
         self.warm = min(1.0, progress / WARM_UP)
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
-        return Code.from_dense(scores.relu())
+    def select(self, scores: Scores, batch: Batch) -> Code:
+        return above(scores, scores.b_enc.new_zeros(()))
 
     def loss(self, batch: Batch) -> Loss:
         code = self.select(self.scores(batch.x), batch)
         x_hat = self.decode(code)
-        norms = self.W_dec.norm(dim=1) if self.norm_weighted else 1.0
+        penalised = code.map(torch.mul, self.W_dec.norm(dim=1)) if self.norm_weighted else code
         return Loss(
             {
                 "reconstruction": squared_error(batch.x, x_hat),
-                "sparsity": self.l1_coeff * self.warm * (code.dense() * norms).sum(1).mean(),
+                "sparsity": self.l1_coeff * self.warm * penalised.sum() / len(batch.x),
             },
             code,
             x_hat,

@@ -17,12 +17,12 @@ dictionary_learning and openai/sparse_autoencoder; of the paper's text only the 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
-from sae_lib.sparse import Code, top_of_rows
+from sae_lib.selection import top_of_rows
+from sae_lib.sparse import Code, Scores
 
 
 class TopKSAE(SAE):
@@ -57,7 +57,7 @@ class TopKSAE(SAE):
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
 
-    def select(self, scores: Float[Tensor, "batch d_sae"], batch: Batch) -> Code:
+    def select(self, scores: Scores, batch: Batch) -> Code:
         return top_of_rows(scores, self.k)
 
     def loss(self, batch: Batch) -> Loss:

@@ -1,0 +1,247 @@
+"""Who lives: the exact selections, each for the price of scoring all pairs once.
+
+    top_of_rows       the k best latents of each token                      TopK
+    top_of_batch      the best k * batch pairs of all                       BatchTopK, Mutual Choice
+    top_of_columns    the m_i best tokens of each latent i                  Feature Choice
+    above             pairs above zero or a threshold                       ReLU, Gated, JumpReLU
+
+All pairs are scored a few hundred tokens at a time, so that the scores stay in the processor's cache and no matrix of
+(batch, d_sae) is ever stored. A bound from below on the last score that lives leaves few **candidates**, and the
+selection is made among those.
+
+On processors with fast bfloat16 the scoring is done in it. Its error is bounded, by Cauchy and Schwarz, by what
+rounding took from the two vectors:
+
+    |x . w - x' . w'| <= |x - x'| |w| + |x'| |w - w'|         x', w' rounded to bfloat16
+
+so every pair that may live is a candidate; candidates are scored again in the weights' own precision, which decides.
+The selection is therefore the exact one, not an approximate top-k. Where many pairs live (at least `DENSITY` of all),
+all scores are computed in full and the code is a dense matrix; nothing but the time depends on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lib.sparse import Code, Scores, first_of_each, products
+
+DENSITY = 1 / 24
+"""Share of living pairs from which dense products are faster (measured: chapter `speed`)."""
+CHUNK = 2**22
+"""Scores that are held at once; at least those of 256 rows."""
+GROUP_SIZES = (32, 16, 8, 4, 2, 1)
+"""A row's scores are looked at by groups first; the largest of these sizes that fits is taken."""
+SAMPLE = 64
+"""Tokens from which `top_of_batch` guesses its bound."""
+ROUNDING = 1.01 * 2**-8
+"""More than the largest relative difference between a number and its bfloat16."""
+
+
+def top_of_rows(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
+    """The k largest scores of each token that are positive. Chapter `topk`."""
+    if isinstance(scores, Tensor) or k > DENSITY * scores.shape[1]:
+        s = scores if isinstance(scores, Tensor) else scores.dense()
+        values, cols = s.topk(k, dim=1, sorted=False)
+        return Code.from_dense(torch.zeros_like(s).scatter(1, cols, values.relu()))
+    x, W, b = recipe(scores)
+    return scores.code(*best_of_rows(x, W, b, k, x.new_zeros(len(x))))
+
+
+def top_of_batch(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
+    """The ``k * batch`` largest scores of the whole batch that are positive. Chapter `batchtopk`."""
+    found = None
+    if isinstance(scores, Scores) and k <= DENSITY * scores.shape[1]:
+        found = best_of_all(*recipe(scores), k * scores.shape[0])
+    if found is not None:
+        return scores.code(*found)
+    s = scores if isinstance(scores, Tensor) else scores.dense()
+    values, places = s.flatten().topk(k * len(s), sorted=False)
+    return Code.from_dense(torch.zeros_like(s).flatten().scatter(0, places, values.relu()).view_as(s))
+
+
+def top_of_columns(scores: Scores | Float[Tensor, "batch d_sae"], counts: Int[Tensor, " d_sae"]) -> Code:
+    """Of each latent, as many tokens as `counts` says, in [0, batch]: its largest scores that are positive."""
+    if isinstance(scores, Tensor) or counts.sum() > DENSITY * scores.shape[0] * scores.shape[1]:
+        s = scores if isinstance(scores, Tensor) else scores.dense()
+        values, rows = s.topk(int(counts.max()), dim=0)
+        values = values.relu() * (torch.arange(len(values), device=s.device).unsqueeze(1) < counts)
+        return Code.from_dense(torch.zeros_like(s).scatter(0, rows, values))
+    x, W, b = recipe(scores)
+    cols, rows, values = best_of_rows(W, x, x.new_zeros(len(x)), counts, -b)
+    by_token = rows.sort(stable=True).indices
+    rows, cols, values = rows[by_token], cols[by_token], values[by_token]
+    return scores.code(rows, cols, values + b[cols])
+
+
+def near(scores: Scores | Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"]) -> Code:
+    """At least the pairs whose score is above their latent's threshold, with their scores: those alone, or all pairs.
+
+    What is made of them (`Code.map`) must leave out for itself what does not live.
+    """
+    if isinstance(scores, Tensor):
+        return Code.from_dense(scores)
+    x, W, b = recipe(scores)
+    threshold = threshold.detach()
+    found = candidates(x, W, b - threshold, lambda maxima, error, rows: -error)
+    if found is None:
+        return Code.from_dense(scores.dense())
+    rows, cols, excess = found
+    passed = (excess > 0).nonzero().squeeze(1)
+    rows, cols = rows[passed], cols[passed]
+    return scores.code(rows, cols, excess[passed] + threshold[cols])
+
+
+def above(scores: Scores | Float[Tensor, "batch d_sae"], threshold: Float[Tensor, "..."]) -> Code:
+    """The scores that are positive and above a threshold: one for all latents, or one a latent."""
+    threshold = threshold.clamp(min=0).expand(scores.shape[1])
+    return near(scores, threshold).map(lambda s, least: s * (s > least), threshold).living()
+
+
+# How they are found ---------------------------------------------------------------------------------------------------
+
+
+def recipe(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """``x - b_dec``, the latents' encoder weights as rows, and their biases: without gradient."""
+    return scores.centred, scores.W_enc.detach().T.contiguous(), scores.b_enc.detach()
+
+
+@torch.no_grad()
+def best_of_rows(
+    a: Float[Tensor, "n d_in"],
+    b: Float[Tensor, "m d_in"],
+    bias: Float[Tensor, " m"],
+    k: int | Int[Tensor, " n"],
+    floor: Float[Tensor, " n"],
+) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """Of each row of ``a b^T + bias``, the k largest entries that are above the row's floor.
+
+    The k-th largest of the groups' maxima is a bound from below on the k-th largest entry.
+    """
+    each = torch.full((len(a),), k, device=a.device) if isinstance(k, int) else k
+    most = max(1, int(each.max()))
+
+    def bound(maxima: Tensor, error: Tensor, rows: slice) -> Tensor:
+        best = maxima.topk(most, dim=1).values
+        kth = best.gather(1, (each[rows, None] - 1).clamp(min=0)).squeeze(1)
+        return torch.maximum(kth - ROUNDING * kth.abs() - error, floor[rows]) - error
+
+    found = candidates(a, b, bias, bound, groups=2 * most)
+    if found is None:  # many equal scores, or one latent so long that it hides the others' differences
+        entries = [(start, *s.topk(most, dim=1)) for start, s, _ in scored(a, b, bias, exact=True)]
+        values, cols = (torch.cat([entry[part] for entry in entries]) for part in (1, 2))
+        rows = torch.arange(len(a), device=a.device)[:, None]
+        keep = (values > floor[:, None]) & (torch.arange(most, device=a.device) < each[:, None])
+        return rows.expand_as(cols)[keep], cols[keep], values[keep]
+    rows, cols, values = found
+    starts = first_of_each(rows, len(a))
+    slot = torch.arange(len(rows), device=a.device) - starts[rows]
+    table = a.new_full((len(a), max(1, int(slot.max()) + 1) if len(slot) else 1), -torch.inf)
+    table[rows, slot] = values
+    best, slot = table.topk(min(most, table.shape[1]), dim=1)
+    keep = (best > floor[:, None]) & (torch.arange(best.shape[1], device=a.device) < each[:, None])
+    chosen = (starts[:, None] + slot)[keep]
+    return rows[chosen], cols[chosen], values[chosen]
+
+
+@torch.no_grad()
+def best_of_all(
+    a: Float[Tensor, "n d_in"], b: Float[Tensor, "m d_in"], bias: Float[Tensor, " m"], count: int
+) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]] | None:
+    """The `count` largest positive entries of ``a b^T + bias``; None where too many come into question.
+
+    A few rows guess a bound that a little more than `count` entries should reach; if fewer do, it is lowered.
+    """
+    sample = a[:: max(1, len(a) // SAMPLE)]
+    guesses = torch.cat([s.float().flatten() for _, s, _ in scored(sample, b, bias)])
+    share = count / (len(a) * len(b))
+    for generous in (1.25, 2.5, None):
+        bound = 0.0
+        if generous is not None:
+            rank = min(len(guesses), 1 + int(generous * share * len(guesses)))
+            bound = max(0.0, float(guesses.topk(rank, sorted=False).values.min()))
+        found = candidates(a, b, bias, lambda maxima, error, rows, bound=bound: bound - error)
+        if found is None:
+            return None
+        rows, cols, values = found
+        if bound == 0 or (values >= bound).sum() >= count:
+            chosen = values.topk(min(count, len(values)), sorted=False).indices.sort().values
+            chosen = chosen[values[chosen] > 0]
+            return rows[chosen], cols[chosen], values[chosen]
+
+
+@torch.no_grad()
+def candidates(
+    a: Float[Tensor, "n d_in"],
+    b: Float[Tensor, "m d_in"],
+    bias: Float[Tensor, " m"],
+    bound: Callable[[Float[Tensor, "some groups"], Float[Tensor, " some"], slice], Float[Tensor, " some"]],
+    groups: int = 1,
+) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]] | None:
+    """All entries of ``a b^T + bias`` that may reach their row's bound: rows (ascending), columns, exact values.
+
+    Args:
+        bound: from the groups' largest scores, the error that these may have, and the rows they belong to, a bound
+            from below on the scores, as computed, that are wanted.
+        groups: least number of groups in a row.
+
+    Returns:
+        None if more than twice `DENSITY` of the entries come into question.
+    """
+    size = next(size for size in GROUP_SIZES if len(b) % size == 0 and (len(b) >= groups * size or size == 1))
+    parts, seen = [], 0
+    for start, s, error in scored(a, b, bias):
+        grouped = s.unflatten(1, (size, -1))
+        maxima = grouped.amax(1)
+        least = bound(maxima.to(a.dtype), error, slice(start, start + len(s)))
+        least = (least - 2 * ROUNDING * least.abs()).to(s.dtype)  # what computing and storing in bfloat16 may take
+        rows, group = (maxima >= least[:, None]).nonzero().unbind(1)
+        members = grouped[rows, :, group]
+        pair, place = (members >= least[rows, None]).nonzero().unbind(1)
+        parts.append((rows[pair] + start, group[pair] + place * grouped.shape[2], members[pair, place]))
+        seen += len(pair)
+        if seen > 2 * DENSITY * (start + len(s)) * len(b):
+            return None
+    rows, cols, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    if values.dtype != a.dtype:
+        values = products(a, b, rows, cols).add_(bias[cols])
+    return rows, cols, values
+
+
+def scored(
+    a: Float[Tensor, "n d_in"], b: Float[Tensor, "m d_in"], bias: Float[Tensor, " m"], exact: bool = False
+) -> Iterator[tuple[int, Float[Tensor, "some m"], Float[Tensor, " some"]]]:
+    """``a b^T + bias`` a few rows at a time: first row, scores, and how far each row's scores may be off.
+
+    In bfloat16 where that is fast, unless they must be exact; the error is then that before the result's own rounding.
+    """
+    rows = len(a) if a.is_cuda else max(256, CHUNK // len(b))
+    error = a.new_zeros(len(a))
+    if a.dtype == torch.float32 and a.device.type == "cpu" and fast_bf16() and not exact:
+        a16, b16, bias16 = a.bfloat16(), b.bfloat16(), bias.bfloat16()
+        size_a, size_b = row_norms(a), row_norms(b).max()
+        lost_a, lost_b = row_norms(a, a16), row_norms(b, b16).max()
+        summing = a.shape[1] * 2.0**-23 * size_a * size_b
+        error = 1.01 * (lost_a * size_b + (size_a + lost_a) * lost_b + summing) + (bias - bias16).abs().max()
+        a, b, bias = a16, b16, bias16
+    out = a.new_empty(min(rows, len(a)), len(b))
+    for start in range(0, len(a), rows):
+        part = a[start : start + rows]
+        yield start, torch.addmm(bias, part, b.T, out=out[: len(part)]), error[start : start + rows]
+
+
+def row_norms(a: Float[Tensor, "n d_in"], less: Tensor | None = None) -> Float[Tensor, " n"]:
+    """Norms of the rows of a, or of a - less; a piece at a time, which the processor's cache holds."""
+    if less is None:
+        return a.norm(dim=1)
+    return torch.cat([(p - q).norm(dim=1) for p, q in zip(a.split(1024), less.split(1024), strict=True)])
+
+
+@cache
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than those of 32 bits."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
