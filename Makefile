@@ -5,8 +5,10 @@ LOCK := book/requirements.txt
 # The stamp is named after what was installed, so that a changed lock, and nothing else, installs again.
 INSTALLED := .venv/installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d ' ' -f 1)
 BOOKFLAGS ?=
+BENCHFLAGS ?=
+PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
 
-.PHONY: book test clean
+.PHONY: book test bench clean
 
 book: $(INSTALLED)  ## execute every chapter and render the book to _build/html; BOOKFLAGS="-W -n --keep-going" makes warnings errors
 	$(BIN)/python book/build.py $(BOOKFLAGS)
@@ -15,8 +17,12 @@ test: $(INSTALLED)  ## ruff, the unit tests, the doctests, and every chapter at 
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n logical --dist worksteal --nbmake --nbmake-timeout=300 sae_lib tests book
 
+bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
+	$(BIN)/python tests/peers/bench.py $(BENCHFLAGS)
+
 clean:  ## forget what was built; the installed packages stay
-	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find _build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} +
 
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else 0'
@@ -25,4 +31,13 @@ $(INSTALLED):
 	$(BIN)/python -m pip install --requirement $(LOCK)
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	rm -f .venv/installed-*
+	touch $@
+
+# One environment a library, each at its newest version with our torch. A torchvision that comes along is made for
+# another torch, and importing it fails; none of these libraries needs it to train.
+_build/peers/%/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install "$$(grep '^torch==' $(LOCK))"
+	$(@D)/bin/python -m pip install --upgrade "$$(grep '^torch==' $(LOCK))" $*
+	$(@D)/bin/python -m pip uninstall --yes torchvision
 	touch $@

@@ -133,14 +133,13 @@ def _sums_of_rows(table: Tensor, values: Tensor, index: Tensor, offsets: Tensor)
     runs, d, most_parts = len(offsets) - 1, table.shape[1], len(values) // LONGEST
     width, slices = _slices(d)
     start, stop = offsets[:-1].long(), offsets[1:].long()
-    parts_of_run = (stop - start - 1).clamp(min=0) // LONGEST
+    parts_of_run = (stop - start) // LONGEST
     parts_until = parts_of_run.cumsum(0)
 
     part = torch.arange(most_parts, device=table.device)
-    run = torch.searchsorted(parts_until, part, right=True)  # == runs: there is no such part
-    run, exists = run.clamp(max=runs - 1), run < runs
+    run = torch.searchsorted(parts_until, part, right=True).clamp(max=runs - 1)
     part_start = start[run] + LONGEST * (1 + part - (parts_until - parts_of_run)[run])
-    part_stop = torch.where(exists, torch.minimum(part_start + LONGEST, stop[run]), part_start)
+    part_stop = torch.minimum(part_start + LONGEST, stop[run])  # before its start where there is no such part
 
     none = torch.zeros_like(part)
     work_of_parts = torch.stack([part_start, part_stop, none, none])

@@ -146,8 +146,8 @@ class SAE(nn.Module, ABC):
     def after_backward(self) -> None:
         """Between the gradient and the optimiser: the gradient of a unit row loses its part along the row."""
         if self.unit_rows and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            for grad, rows in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024), strict=True):  # fits a cache
+                grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:

@@ -208,7 +208,7 @@ def candidates(
             return None
     rows, cols, values = (torch.cat(part) for part in zip(*parts, strict=True))
     if values.dtype != a.dtype:
-        values = products(a, b, rows, cols).add_(bias[cols])
+        values = products(a, b, Code(rows, cols, values, (len(a), len(b)))).add_(bias[cols])
     return rows, cols, values
 
 

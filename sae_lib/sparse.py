@@ -181,11 +181,6 @@ class Scores:
         """``x - b_dec``, without gradient."""
         return self.x.detach() if self.b_dec is None else self.x.detach() - self.b_dec.detach()
 
-    @torch.no_grad()
-    def at(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-        """The scores of some pairs, in the weights' precision, without gradient; rows ascending."""
-        return products(self.centred, self.W_enc.T, rows, cols).add_(self.b_enc.index_select(0, cols))
-
     def code(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"]) -> Code:
         """The code of some pairs, whose `values` are their scores: gradients flow through these pairs only."""
         code = Code(rows, cols, values, self.shape)
@@ -235,7 +230,7 @@ class Decode(torch.autograd.Function):
         (W_dec, values), pairs = ctx.saved_tensors, ctx.pairs
         grad = grad.contiguous()
         d_W_dec = sum_by_latent(grad, values, pairs) if ctx.needs_input_grad[0] else None
-        d_values = products(grad, W_dec, pairs.rows, pairs.cols) if ctx.needs_input_grad[1] else None
+        d_values = products(grad, W_dec.contiguous(), pairs) if ctx.needs_input_grad[1] else None
         return d_W_dec, d_values, None
 
 
@@ -243,16 +238,18 @@ class Decode(torch.autograd.Function):
 
 
 def products(
-    a: Float[Tensor, "batch d_in"],
-    b: Float[Tensor, "d_sae d_in"],
-    rows: Int[Tensor, " pairs"],
-    cols: Int[Tensor, " pairs"],
+    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], pairs: Code
 ) -> Float[Tensor, " pairs"]:
-    """The inner product ``a[row] . b[col]`` of each pair."""
-    if not len(rows):
-        return a.new_zeros(0)
-    starts = first_of_each(rows, len(a))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b.contiguous(), cols, starts, rows, 0)
+    """The inner product of each pair's row of `x` and row of `directions`.
+
+    Taken latent by latent, because the rows of `x`, which are then read in no order, fit in the processor's cache.
+    """
+    order, starts = pairs.by_latent
+    if not len(order):
+        return x.new_zeros(0)
+    rows, cols = pairs.rows[order], pairs.cols[order]
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(directions, x, rows, starts, cols, 0)
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
 def sum_by_token(

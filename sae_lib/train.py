@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sae_lib.data import Batch
@@ -131,7 +131,7 @@ def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: flo
     """One step of one SAE; `rate` multiplies its learning rate."""
     sae.before_step(progress)
     loss = sae.loss(batch)
-    optimiser.zero_grad(set_to_none=True)
+    optimiser.zero_grad()
     loss.total.backward()
     sae.after_backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
@@ -142,11 +142,34 @@ def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: flo
     return loss
 
 
-def adam(sae: SAE, steps: int) -> torch.optim.Adam:
+class Adam(torch.optim.Adam):
+    """Adam in one pass over the weights. The fused kernel copies what is not contiguous, four times, so this one is
+    given a column-major weight as its transpose: the same memory."""
+
+    def __init__(self, parameters: list[nn.Parameter], **settings: Any):
+        self.parameters = parameters
+        super().__init__([contiguous(p.detach()) for p in parameters], fused=True, **settings)
+
+    def step(self) -> None:
+        for same, p in zip(self.param_groups[0]["params"], self.parameters, strict=True):
+            same.grad = None if p.grad is None else contiguous(p.grad)
+        super().step()
+
+    def zero_grad(self) -> None:
+        for same, p in zip(self.param_groups[0]["params"], self.parameters, strict=True):
+            same.grad = p.grad = None
+
+
+def contiguous(weight: Tensor) -> Tensor:
+    """A matrix, or its transpose where that is the one which lies in one piece."""
+    return weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight
+
+
+def adam(sae: SAE, steps: int) -> Adam:
     """The optimiser of a variant, by its class attributes."""
     learning_rate = default_learning_rate(sae.d_sae, steps) if sae.learning_rate is None else sae.learning_rate
     parameters = [p for p in sae.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=sae.betas, fused=True)
+    optimiser = Adam(parameters, lr=learning_rate, betas=sae.betas)
     for group in optimiser.param_groups:
         group["initial_lr"] = learning_rate
     return optimiser
