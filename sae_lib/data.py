@@ -9,9 +9,7 @@ import json
 import lzma
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sae_lib.records import Record, from_marked
 
 
 class Batch(NamedTuple):
@@ -40,83 +40,6 @@ class Batch(NamedTuple):
 TEXTS = Path(__file__).parent / "assets" / "texts"
 SPLITS = ("train", "validation", "test")
 FILES = (".txt", ".jsonl")
-
-
-class Span(NamedTuple):
-    """What the generator meant by a piece of its text: characters ``start`` to ``end`` fill ``slot`` with ``value``.
-
-    Slots of the embedded texts: name, pronoun (value: the name meant), role, place, city, country, noun and verb
-    (value: base form), adjective, adverb, feeling, number (value: digits), day, month, kind, subject, object, phrase,
-    identifier, function, and in spelling word and letter (value: the first letter in upper case).
-    """
-
-    start: int
-    end: int
-    slot: str
-    value: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """A text and what is known about it; None or empty where nothing is known. Chapter `pocket`.
-
-    Attributes:
-        text: the text itself, at most 127 tokens of the embedded tokenizer where it comes from the embedded texts.
-        register: story, fact, foreign, code, spelling, prose; or plain, for texts from elsewhere.
-        language: en, fr, de, es, python.
-        topic: of a story; form of a spelling record; module of CPython that prose comes from.
-        tense: past or present.
-        sentiment: glad or sad.
-        gender: of a story's hero, female or male.
-        names: the hero and a friend.
-        marked: the text with the latent variables of its generator: in ``the ⟨noun cow|cows⟩``, "cows" fills the slot
-            noun with the value cow; without a value, the text is the value.
-    """
-
-    text: str
-    register: str = "plain"
-    language: str = "en"
-    topic: str | None = None
-    tense: str | None = None
-    sentiment: str | None = None
-    gender: str | None = None
-    names: tuple[str, ...] = ()
-    marked: str = field(default="", repr=False)
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        """The latent variables of the generator, in the order of the text."""
-        spans, removed = [], 0
-        for found in _MARK.finditer(self.marked):
-            slot, value, inner = found.groups()
-            start = found.start() - removed
-            spans.append(Span(start, start + len(inner), slot, value or inner))
-            removed = found.end() - spans[-1].end
-        return tuple(spans)
-
-    def align(self, offsets: Iterable[tuple[int, int]]) -> list[Span | None]:
-        """The span of each token, or None.
-
-        Args:
-            offsets: first and past-the-last character of each token, as ``return_offsets_mapping=True`` gives them;
-                (0, 0) for special tokens.
-        """
-        spans, aligned = iter(self.spans), []
-        span = next(spans, None)
-        for start, end in offsets:
-            while span and span.end <= start < end:
-                span = next(spans, None)
-            aligned.append(span if span and span.start < end and start < span.end else None)
-        return aligned
-
-
-_MARK = re.compile("⟨([^ |]+)(?: ([^|]*))?\\|([^⟩]*)⟩")
-_MARKING = re.compile("⟨[^|]*\\||⟩")
-
-
-def _record(document: dict) -> Record:
-    names = tuple(document.pop("names", ()))
-    return Record(_MARKING.sub("", document["marked"]), names=names, **document)
 
 
 def load_texts(
@@ -165,7 +88,7 @@ def load_texts(
 def read_records(path: Path) -> list[Record]:
     """The records of one compressed file, as the embedded texts are stored."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
-        return [_record(json.loads(line)) for line in lines]
+        return [from_marked(json.loads(line)) for line in lines]
 
 
 def _file(path: Path) -> list[Record]:
@@ -367,6 +290,8 @@ class PlantedStream:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         self.dictionary, self.d_in, self.batch_size, self.seed = dictionary, dictionary.d_in, batch_size, seed
+        self._generator: torch.Generator | None = None
+        self._resume: Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -374,10 +299,35 @@ class PlantedStream:
         return hashlib.sha256(repr((self.dictionary._identity, self.seed)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
+        self._generator = self._started()
+        self._resume = None
+        return self._batches(self._generator)
+
+    def _started(self) -> torch.Generator:
+        """The generator of the next iteration."""
         generator = _generator("samples", self.seed, device=self.dictionary.device)
+        return generator if self._resume is None else generator.set_state(self._resume)
+
+    def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
         while True:
             x, coefficients = self.dictionary.sample(self.batch_size, generator)
             yield Batch(x, truth=coefficients)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the latest iteration stands (else, the start), as tensors; see `Activations.state_dict`."""
+        generator = self._generator if self._resume is None and self._generator else self._started()
+        fingerprint = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)
+        return {"generator": generator.get_state(), "fingerprint": fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Let the next `iter()` go on where `state` was taken, with the same bits.
+
+        Raises:
+            ValueError: if the state comes from a stream of other samples.
+        """
+        if bytes(state["fingerprint"].tolist()).hex() != self.fingerprint:
+            raise ValueError("state must be that of a stream of the same dictionary and seed, got another: pass these")
+        self._resume = state["generator"].clone()
 
 
 def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -12,14 +12,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sae_lib.checkpoint import Checkpoints
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, as_batch, whole
 
@@ -41,14 +44,25 @@ class Run:
             the batch), dead (share of latents), learning_rate, tokens_per_second.
         tokens: tokens trained on; fewer than asked if the stream ended.
         scale: root mean squared norm of the activations, by which they were divided.
-        seconds: wall time.
+        steps: as planned from the size of the first batches; the default learning rate follows them.
+        seconds: wall time, of all parts of a run that was stopped and went on.
     """
 
     saes: list[SAE]
     history: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     scale: float = 1.0
+    steps: int = 0
     seconds: float = 0.0
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step that comes next."""
+        return self.history[-1]["step"] + 1 if self.history else 0
+
+    def counters(self) -> dict[str, Any]:
+        """All but the SAEs, as a checkpoint keeps it."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "saes"}
 
 
 def train(
@@ -57,6 +71,8 @@ def train(
     tokens: int = 1_000_000,
     seed: int | None = None,
     watch: Callable[[list[dict[str, Any]]], None] | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> Run:
     """Train one SAE, or several on the same batches. Chapter `relu`.
 
@@ -64,16 +80,25 @@ def train(
     into the weights at the end: a trained SAE takes raw activations. A stream that ends early trains on what it had,
     and `Run.tokens` says how many.
 
+    With `checkpoint`, nothing is lost: the run writes itself to that folder as it goes, and at Ctrl-C or SIGTERM after
+    the step under way. The same call goes on from there, whatever the SAEs' weights are by then, and ends with the same
+    bits (on the same kind of device) as if it had never stopped; a run that is finished returns at once what it made.
+
     Args:
         saes: one SAE or a list; they are trained in place, on the stream's device, in 32 bits.
         stream: anything that yields `Batch` or floating tensors of shape (batch, d_in).
         tokens: rows to train on, at least 1; the last batch may be cut.
         seed: order of the data: becomes the stream's `seed`, where it has one; None leaves the stream's own.
         watch: called with the history every few steps, e.g. `figures.LossCurve()` in a notebook.
+        checkpoint: folder of this run's checkpoints, new or its own; None writes none. The stream must be one that can
+            go on where it stood, like `Activations`.
+        checkpoint_every: tokens between two checkpoints, at least 1; None for a tenth of the run, at most 10 million.
 
     Raises:
-        ValueError: for an empty list or stream, a batch of the wrong width or type, values that are not finite, or a
-            variant that needs what the stream does not yield.
+        ValueError: for an empty list or stream, a batch of the wrong width or type, values that are not finite, a
+            variant that needs what the stream does not yield, or a stream that cannot go on where it stood.
+        sae_lib.checkpoint.CheckpointError: a ValueError: the checkpoint cannot be written, is damaged, or is another
+            run's; the message says what is still safe.
     """
     saes = [saes] if isinstance(saes, SAE) else list(saes)
     if not saes or not all(isinstance(sae, SAE) for sae in saes):
@@ -81,26 +106,39 @@ def train(
     whole("tokens", tokens)
     if seed is not None and hasattr(stream, "seed"):
         stream.seed = whole("seed", seed, least=0)
-    batches = checked_batches(stream, saes, tokens)
-    first = list(islice(batches, SCALE_BATCHES))
-    if not first:
-        raise ValueError("the stream must yield at least one batch, got none; is it an iterator that was used up?")
+    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, saes, stream, tokens, checkpoint_every)
+    saved = None if checkpoints is None else checkpoints.newest()
 
-    run, began = Run(saes, scale=rms_norm(first)), time.perf_counter()
-    steps = max(1, round(tokens * len(first) / sum(len(batch.x) for batch in first)))
+    began = time.perf_counter()
+    if saved is None:
+        batches = checked_batches(stream, saes, tokens)
+        first = list(islice(batches, SCALE_BATCHES))
+        if not first:
+            raise ValueError("the stream must yield at least one batch, got none; is it an iterator that was used up?")
+        run = Run(saes, scale=rms_norm(first))
+        run.steps = max(1, round(tokens * len(first) / sum(len(batch.x) for batch in first)))
+    else:
+        run = Run(saes, **saved.counters)
+        began -= run.seconds
+        batches = iter(())
+        if not saved.finished:
+            stream.load_state_dict(saved.stream)
+            batches = checked_batches(stream, saes, tokens, run.tokens, run.next_step)
+        first = list(islice(batches, 1))
     optimisers = []
     for sae in saes:
-        sae.to(device=first[0].x.device).train()
-        if sae.tokens_trained:  # its weights are in the units of x
-            sae.fold(float(sae.scale) / run.scale)
-            sae.scale.fill_(1.0)
-        sae.start(scaled(first[0], run.scale), tokens)
-        optimisers.append(adam(sae, steps))
+        sae.to(device=first[0].x.device if first else None).train()
+        if saved is None:
+            begin(sae, scaled(first[0], run.scale), run.scale, tokens)
+        optimisers.append(adam(sae, run.steps))
+    if saved is not None:
+        saved.restore(saes, optimisers)
 
     waiting: list[dict[str, Any]] = []
+    read = run.next_step + len(first)  # before that step, the stream is ahead of the training
     try:
-        with progress_bar(tokens) as bar:
-            for step, batch in enumerate(chain(first, batches)):
+        with progress_bar(tokens, run.tokens) as bar, checkpoints or nullcontext():
+            for step, batch in enumerate(chain(first, batches), run.next_step):
                 batch = scaled(batch, run.scale)
                 rate, progress = schedule(run.tokens, len(batch.x), tokens), run.tokens / tokens
                 run.tokens += len(batch.x)
@@ -112,19 +150,33 @@ def train(
                         | {"learning_rate": optimiser.param_groups[0]["lr"]}
                     )
                 bar.update(len(batch.x))
-                if (step + 1) % REPORT_EVERY == 0:
+                due = checkpoints is not None and step + 1 >= read and checkpoints.due(run.tokens)
+                if due or (step + 1) % REPORT_EVERY == 0:
                     report(run, waiting, began, bar, watch)
+                if due:
+                    checkpoints.write(run.counters(), optimisers)
+                    checkpoints.stop()
             report(run, waiting, began, bar, watch)
+            if checkpoints is not None and not (saved and saved.finished):
+                checkpoints.write(run.counters(), optimisers, finished=True)
+                checkpoints.stop()
     finally:  # also when the run is interrupted: what was trained can be used, in the units of x
         for sae in saes:
             sae.fold(run.scale)
             sae.eval()
             if fingerprint := getattr(stream, "fingerprint", None):
                 sae.trained_on = sorted({*sae.trained_on, fingerprint})
-    run.seconds = time.perf_counter() - began
     if run.tokens < tokens:
         tqdm.write(f"the stream ended: trained on {run.tokens:,} of {tokens:,} tokens", file=sys.stderr)
     return run
+
+
+def begin(sae: SAE, batch: Batch, scale: float, tokens: int) -> None:
+    """Once a run, before its first step: an SAE that was trained before returns to the training's units."""
+    if sae.tokens_trained:
+        sae.fold(float(sae.scale) / scale)
+        sae.scale.fill_(1.0)
+    sae.start(batch, tokens)
 
 
 def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: float, progress: float) -> Loss:
@@ -208,15 +260,16 @@ def scaled(batch: Batch, scale: float) -> Batch:
     )
 
 
-def checked_batches(stream: Iterable[Batch | Tensor], saes: Sequence[SAE], tokens: int) -> Iterator[Batch]:
-    """The stream's batches, each checked, until `tokens` rows have passed; the last batch is cut to fit."""
+def checked_batches(
+    stream: Iterable[Batch | Tensor], saes: Sequence[SAE], tokens: int, seen: int = 0, steps: int = 0
+) -> Iterator[Batch]:
+    """The stream's batches, each checked, from `seen` rows until `tokens` have passed; the last batch is cut to fit."""
     if isinstance(stream, Tensor):
         raise ValueError(
             f"stream must yield batches, got one tensor of shape {tuple(stream.shape)}; pass x.split(2048) instead"
         )
     needs = frozenset().union(*(sae.needs for sae in saes))
-    seen = 0
-    for step, item in enumerate(stream):
+    for step, item in enumerate(stream, steps):
         batch = as_batch(item)
         for sae in saes:
             sae.checked(batch.x)
@@ -259,7 +312,8 @@ def measured(sae: SAE, batch: Batch, loss: Loss) -> dict[str, Tensor]:
 
 def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callable | None) -> None:
     """Move the waiting rows to the history, show the last one, and stop if the loss is no longer a number."""
-    rate = run.tokens / (time.perf_counter() - began)
+    run.seconds = time.perf_counter() - began
+    rate = run.tokens / run.seconds
     for row in waiting:
         row = {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
         run.history.append(row | {"tokens_per_second": rate})
@@ -276,10 +330,15 @@ def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callab
         watch(run.history)
 
 
-def progress_bar(total: int) -> tqdm:
+def progress_bar(total: int, done: int) -> tqdm:
     """A bar that redraws often on a screen, rarely in a log, and leaves nothing behind in a notebook."""
     terminal = sys.stderr.isatty()
     notebook = tqdm.__module__.endswith("notebook") if hasattr(tqdm, "__module__") else False
     return tqdm(
-        total=total, unit="token", unit_scale=True, mininterval=0.2 if terminal or notebook else 10, leave=not notebook
+        total=total,
+        initial=done,
+        unit="token",
+        unit_scale=True,
+        mininterval=0.2 if terminal or notebook else 10,
+        leave=not notebook,
     )

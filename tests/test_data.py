@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sae_lib import TopKSAE
-from sae_lib.data import PlantedDictionary, Record, Span, load_texts
+from sae_lib.data import PlantedDictionary, load_texts
+from sae_lib.records import Record, Span
 
 # Texts ----------------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ GENERATED = {"_build", "runs", "dist", "wandb", "__pycache__"}
 
 # A file imports only from files above it in this list.
 ORDER = [
+    "records",
     "data",
     "pocket",
     "vision",
@@ -41,6 +42,8 @@ ORDER = [
     "saes",
     "superposition",
     "neuron_embeddings",
+    "interruption",
+    "checkpoint",
     "train",
     "metrics",
     "experiments",
