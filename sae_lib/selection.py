@@ -36,6 +36,8 @@ CHUNK = 2**22
 """Scores that are held at once; at least those of 256 rows."""
 GROUP_SIZES = (32, 16, 8, 4, 2, 1)
 """A row's scores are looked at by groups first; the largest of these sizes that fits is taken."""
+WORTH_ROUNDING = 2**29
+"""Multiplications from which scoring in bfloat16 is worth what it costs to score candidates again."""
 SAMPLE = 64
 """Tokens from which `top_of_batch` guesses its bound."""
 ROUNDING = 1.01 * 2**-8
@@ -131,7 +133,7 @@ def best_of_rows(
         return torch.maximum(kth - ROUNDING * kth.abs() - error, floor[rows]) - error
 
     found = candidates(a, b, bias, bound, groups=2 * most)
-    if found is None:  # many equal scores, or one latent so long that it hides the others' differences
+    if found is None:  # many equal scores
         entries = [(start, *s.topk(most, dim=1)) for start, s, _ in scored(a, b, bias, exact=True)]
         values, cols = (torch.cat([entry[part] for entry in entries]) for part in (1, 2))
         rows = torch.arange(len(a), device=a.device)[:, None]
@@ -193,23 +195,28 @@ def candidates(
         None if more than twice `DENSITY` of the entries come into question.
     """
     size = next(size for size in GROUP_SIZES if len(b) % size == 0 and (len(b) >= groups * size or size == 1))
-    parts, seen = [], 0
-    for start, s, error in scored(a, b, bias):
-        grouped = s.unflatten(1, (size, -1))
-        maxima = grouped.amax(1)
-        least = bound(maxima.to(a.dtype), error, slice(start, start + len(s)))
-        least = (least - 2 * ROUNDING * least.abs()).to(s.dtype)  # what computing and storing in bfloat16 may take
-        rows, group = (maxima >= least[:, None]).nonzero().unbind(1)
-        members = grouped[rows, :, group]
-        pair, place = (members >= least[rows, None]).nonzero().unbind(1)
-        parts.append((rows[pair] + start, group[pair] + place * grouped.shape[2], members[pair, place]))
-        seen += len(pair)
-        if seen > 2 * DENSITY * (start + len(s)) * len(b):
-            return None
-    rows, cols, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    if values.dtype != a.dtype:
-        values = products(a, b, Code(rows, cols, values, (len(a), len(b)))).add_(bias[cols])
-    return rows, cols, values
+
+    def reaching(exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+        parts, seen = [], 0
+        for start, s, error in scored(a, b, bias, exact):
+            grouped = s.unflatten(1, (size, -1))
+            maxima = grouped.amax(1)
+            least = bound(maxima.to(a.dtype), error, slice(start, start + len(s)))
+            least = (least - 2 * ROUNDING * least.abs()).to(s.dtype)  # what storing in bfloat16 may take, twice
+            rows, group = (maxima >= least[:, None]).nonzero().unbind(1)
+            members = grouped[rows, :, group]
+            pair, place = (members >= least[rows, None]).nonzero().unbind(1)
+            parts.append((rows[pair] + start, group[pair] + place * grouped.shape[2], members[pair, place]))
+            seen += len(pair)
+            if seen > 2 * DENSITY * (start + len(s)) * len(b):
+                return None
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    found = reaching(exact=False) or reaching(exact=True)  # one very long latent makes the rounding's bound useless
+    if found is not None and found[2].dtype != a.dtype:
+        rows, cols, rounded = found
+        found = rows, cols, products(a, b, Code(rows, cols, rounded, (len(a), len(b)))).add_(bias[cols])
+    return found
 
 
 def scored(
@@ -221,7 +228,8 @@ def scored(
     """
     rows = len(a) if a.is_cuda else max(256, CHUNK // len(b))
     error = a.new_zeros(len(a))
-    if a.dtype == torch.float32 and a.device.type == "cpu" and fast_bf16() and not exact:
+    worth = len(a) * len(b) * a.shape[1] >= WORTH_ROUNDING and a.dtype == torch.float32 and a.device.type == "cpu"
+    if worth and fast_bf16() and not exact:
         a16, b16, bias16 = a.bfloat16(), b.bfloat16(), bias.bfloat16()
         size_a, size_b = row_norms(a), row_norms(b).max()
         lost_a, lost_b = row_norms(a, a16), row_norms(b, b16).max()
@@ -244,4 +252,5 @@ def row_norms(a: Float[Tensor, "n d_in"], less: Tensor | None = None) -> Float[T
 @cache
 def fast_bf16() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than those of 32 bits."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return fast and torch.backends.mkldnn.is_available()

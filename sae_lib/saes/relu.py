@@ -24,7 +24,7 @@ from torch import nn
 
 from sae_lib.data import Batch
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
-from sae_lib.selection import above
+from sae_lib.selection import near
 from sae_lib.sparse import Code, Scores
 
 WARM_UP = 0.05
@@ -63,7 +63,7 @@ class ReLUSAE(SAE):
         self.warm = min(1.0, progress / WARM_UP)
 
     def select(self, scores: Scores, batch: Batch) -> Code:
-        return above(scores, scores.b_enc.new_zeros(()))
+        return near(scores, torch.zeros_like(self.b_enc)).map(torch.relu).living()
 
     def loss(self, batch: Batch) -> Loss:
         code = self.select(self.scores(batch.x), batch)

@@ -1,0 +1,99 @@
+"""Every variant's loss, written densely: five products a step, no engine. What the engine must agree with.
+
+Each function takes an SAE and a batch and returns the loss's named terms, by plain autograd over whole matrices.
+"""
+
+import torch
+
+from sae_lib.sae import SAE
+
+
+def scores(sae: SAE, x):
+    centre = 0.0 if sae.name == "jumprelu" else sae.b_dec
+    return (x - centre) @ sae.W_enc + (0.0 if sae.name == "gated" else sae.b_enc)
+
+
+def top(s, k):
+    """The k largest of each row, if positive."""
+    values, places = s.topk(k, dim=1)
+    return torch.zeros_like(s).scatter(1, places, values.relu())
+
+
+def top_of_all(s, count):
+    values, places = s.flatten().topk(count)
+    return torch.zeros_like(s).flatten().scatter(0, places, values.relu()).view_as(s)
+
+
+def squared(x, x_hat):
+    return (x - x_hat).pow(2).sum(1).mean()
+
+
+def auxk(sae, s, residual):
+    dead = sae.dead
+    if not dead.any():
+        return s.new_zeros(())
+    residual = residual.detach()
+    z = top(s.masked_fill(~dead, -torch.inf), min(max(sae.d_in // 2, 1), int(dead.sum())))
+    return (residual - z @ sae.W_dec).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
+
+
+def topk(sae, x, z=None):
+    s = scores(sae, x)
+    z = top(s, sae.k) if z is None else s * z
+    x_hat = z @ sae.W_dec + sae.b_dec
+    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}
+
+
+def batchtopk(sae, x, z=None):
+    s = scores(sae, x)
+    z = top_of_all(s, sae.k * len(x)) if z is None else s * z
+    x_hat = z @ sae.W_dec + sae.b_dec
+    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}
+
+
+def matryoshka(sae, x, z=None):
+    s = scores(sae, x)
+    z = top_of_all(s, sae.k * len(x)) if z is None else s * z
+    ends = torch.tensor(sae.group_sizes).cumsum(0).tolist()
+    x_hats = [z[:, :end] @ sae.W_dec[:end] + sae.b_dec for end in ends]
+    errors = torch.stack([squared(x, x_hat) for x_hat in x_hats])
+    return {"reconstruction": errors.mean(), "aux": sae.aux_coeff * auxk(sae, s, x - x_hats[-1])}
+
+
+def relu(sae, x, z=None):
+    z = scores(sae, x).relu()
+    norms = sae.W_dec.norm(dim=1) if sae.norm_weighted else 1.0
+    penalty = sae.l1_coeff * sae.warm * (z * norms).sum(1).mean()
+    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}
+
+
+def gated(sae, x, z=None):
+    p = scores(sae, x)
+    gate = p + sae.b_gate
+    z = (sae.r_mag.exp() * p + sae.b_mag).relu() * (gate > 0)
+    with_gate = gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+    return {
+        "reconstruction": squared(x, z @ sae.W_dec + sae.b_dec),
+        "sparsity": sae.l1_coeff * sae.warm * gate.relu().sum(1).mean(),
+        "aux": squared(x, with_gate),
+    }
+
+
+def jumprelu(sae, x, z=None):
+    s = scores(sae, x)
+    distance = s - sae.threshold
+    lives = (distance > 0).to(s.dtype)
+    window = (distance.abs() < sae.bandwidth / 2).to(s.dtype) / sae.bandwidth
+
+    def learned_by_threshold(value, slope):
+        """`value`, with gradient `slope` towards the threshold."""
+        path = slope.detach() * sae.threshold
+        return value + path - path.detach()
+
+    z = learned_by_threshold(s * lives, -sae.threshold * window)
+    l0 = learned_by_threshold(lives, -window).sum(1).mean()
+    sparsity = sae.l0_coeff * l0 if sae.target_l0 is None else (l0 / sae.target_l0 - 1).pow(2)
+    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}
+
+
+LOSSES = {loss.__name__: loss for loss in (topk, batchtopk, matryoshka, relu, gated, jumprelu)}
