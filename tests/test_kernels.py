@@ -208,3 +208,21 @@ def test_without_triton_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", kernels._compiled.__wrapped__)
     with pytest.raises(ImportError, match="pip install triton, or unset SAE_LIB_TRITON"):
         kernels.decode(*case([1], 4))
+
+
+def test_the_benchmark_runs_its_jobs_and_writes_nothing_without_a_gpu(monkeypatch, tmp_path):
+    from peers import gpu_speed
+
+    monkeypatch.setenv("SAE_LIB_TRITON", "")
+    work = gpu_speed.jobs(d_in=12, d_sae=100, k=2, batch=8, device="cpu")
+    results = {name: job() for name, job in work.items()}
+    assert [name for name, result in results.items() if result is None] == [
+        "topk, without kernels",
+        "topk, with kernels",
+    ]
+    assert results[gpu_speed.UNIT].shape == results[f"{gpu_speed.UNIT}, bf16"].shape == (8, 100)
+    monkeypatch.setattr(gpu_speed, "RESULTS", tmp_path / "speed.gpu.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU was found: nothing was measured"):
+        gpu_speed.main()
+    assert list(tmp_path.iterdir()) == []
