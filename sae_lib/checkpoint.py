@@ -84,14 +84,15 @@ class Saved(NamedTuple):
                 if key.startswith(prefix):
                     alike = stored.shape == by_rows(parameter).shape
                     value = torch.empty_like(parameter) if alike else stored.to(parameter.device, copy=True)
-                    places[key] = optimiser.state[parameter][key.removeprefix(prefix)] = value
+                    optimiser.state[parameter][key.removeprefix(prefix)] = value
+                    places[key] = by_rows(value)
         stored = {name: value for name, value in self.tensors.items() if not name.startswith("stream.")}
         if wrong := sorted(
             name
             for name in places.keys() | stored.keys()
             if name not in places
             or name not in stored
-            or by_rows(places[name]).shape != stored[name].shape
+            or places[name].shape != stored[name].shape
             or places[name].dtype != stored[name].dtype
         ):
             raise CheckpointError(
@@ -99,7 +100,7 @@ class Saved(NamedTuple):
                 f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}; pass checkpoint= another folder"
             )
         for name, value in stored.items():
-            by_rows(places[name]).copy_(value)
+            places[name].copy_(value)
         for place, sae in enumerate(saes):
             sae.generator.set_state(places[f"generator.{place}"])
             sae.trained_on = list(self.run["trained_on"][place])
@@ -228,7 +229,7 @@ class Checkpoints:
         new = None
         try:
             new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=self.folder))
-            save_file({name: by_rows(value.detach()).contiguous() for name, value in tensors.items()}, new / STATE)
+            save_file({name: value.contiguous() for name, value in tensors.items()}, new / STATE)
             (new / RUN).write_text(json.dumps(FORMAT | run) + "\n")
             (new / SUMS).write_text(sums(new))
             for part in (new / STATE, new / RUN, new / SUMS, new):
@@ -307,14 +308,14 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def tensors_of(saes: Sequence[SAE], optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor that training changes, by name; the tensors themselves, no copies."""
+    """Every tensor that training changes, by name; views, no copies."""
     found = {}
     for place, sae in enumerate(saes):
         found |= {f"sae.{place}.{name}": value for name, value in sae.state_dict().items()}
         found[f"generator.{place}"] = sae.generator.get_state()
     for prefix, optimiser, parameter in optimised(saes, optimisers):
         found |= {prefix + key: value for key, value in optimiser.state.get(parameter, {}).items()}
-    return found
+    return {name: by_rows(value.detach()) for name, value in found.items()}
 
 
 def optimised(
@@ -330,7 +331,7 @@ def optimised(
 
 def by_rows(value: Tensor) -> Tensor:
     """A view of a matrix that is stored column by column, like ``W_enc``, as its transpose: so it costs no copy."""
-    return value.T if value.ndim == 2 and value.T.is_contiguous() else value
+    return value.T if value.ndim == 2 and not value.is_contiguous() else value
 
 
 def read(path: Path) -> Saved:
