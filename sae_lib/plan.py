@@ -16,8 +16,8 @@ dense. Auxiliary losses are left out.
 activations, buffer_size x d_in x itemsize; for each SAE weights and gradients, 4 P each, and Adam's two moments, 8 P;
 and the step itself, at most 1.5 x b x n x 4, one SAE at a time.
 
-**Disk**: a cache has tokens x d_in x itemsize; a checkpoint has weights and moments, 12 P for each SAE, and the buffer
-in 32 bits, and lies there twice while the next one is written.
+**Disk**: a cache has tokens x d_in x itemsize; a checkpoint has weights and moments, 12 P, and a counter a latent, 8 n,
+for each SAE, and the buffer. Two stay, and a third is there while it is written.
 
 **Hours**: for the model, FLOPs / (processes x peak x utilisation). For an SAE's step likewise, plus the bytes that it
 moves / (bandwidth x utilisation): 28 P for Adam (weights, gradients and moments read, all but gradients written), 16 b
@@ -379,7 +379,7 @@ def plan(
         },
         disk={
             f"cache, {cache_dtype}": tokens * d_in * ITEMSIZE[cache_dtype],
-            "two checkpoints": 2 * (12 * sae * saes + 4 * buffer_size * d_in),
+            "three checkpoints": 3 * ((12 * sae + 8 * d_sae) * saes + buffer_size * d_in * itemsize),
         },
         moved=28 * sae + 16 * share * k * d_in + 8 * share * d_sae,
     )  # fmt: skip

@@ -122,6 +122,19 @@ def test_memory_of_the_model_and_of_the_buffer_is_that_of_their_tensors(dtype):
     assert memory["model"] == sum(stored.values())
 
 
+def test_disk_of_checkpoints_is_that_of_their_files(tmp_path):
+    model = sae_lib.load_model(tiny_gpt2(), device="cpu")
+    texts = ["the cat sings under a red sun and the dog sleeps over the old stone"] * 400
+    stream = sae_lib.Activations(model, "blocks.1.hook_resid_post", texts, batch_size=16, buffer_size=2048)
+    saes = [sae_lib.TopKSAE(d_in=12, d_sae=3000, k=4, seed=seed) for seed in (0, 1)]
+    sae_lib.train(saes, stream, tokens=96, checkpoint=tmp_path, checkpoint_every=80)
+    (file,) = tmp_path.glob("*80/state.safetensors")
+    options = {"saes": 2, "batch_size": 16, "buffer_size": 2048, "context": 16}
+    promised = plan(tiny_gpt2(), d_sae=3000, k=4, site=stream.site, **options).disk["three checkpoints"] / 3
+    generators_and_names = 3 * 5056 + 6000
+    assert promised - 80 * 12 * 4 < file.stat().st_size < promised + generators_and_names
+
+
 def test_hours_worked_by_hand():
     promised = dataclasses.replace(
         plan("pocket", d_sae=1000, k=4, batch_size=4000, processes=2, tokens=8_000_000, saes=3),
