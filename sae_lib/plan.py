@@ -108,7 +108,8 @@ class ModelShape:
         layers: blocks.
         d_model: width of the residual stream.
         d_ff: width of the MLP.
-        heads, keys: of attention; several heads may share a key.
+        heads: of attention.
+        keys: of attention; several heads may share one.
         head_dim: width of a head.
         vocabulary: tokens that it knows.
         context: most positions.
@@ -334,7 +335,8 @@ def plan(
         buffer_size: of the stream; by default, as there, 65,536 or 8 * batch_size if that is more.
         context: tokens in a window; by default 1,024, or the model's if that is less.
         processes: that share each batch, one on a GPU.
-        model_dtype, cache_dtype: of the model's weights and of cached activations: float32, bfloat16 or float16.
+        model_dtype: of the model's weights and the buffer: float32, bfloat16 or float16.
+        cache_dtype: of cached activations, likewise.
 
     Raises:
         ValueError: for an argument out of range, or an unknown model.
