@@ -20,8 +20,9 @@ and the step itself, at most 1.5 x b x n x 4, one SAE at a time.
 for each SAE, and the buffer. Two stay, and a third is there while it is written.
 
 **Hours**: for the model, FLOPs / (processes x peak x utilisation). For an SAE's step likewise, plus the bytes that it
-moves / (bandwidth x utilisation): 28 P for Adam (weights, gradients and moments read, all but gradients written), 16 b
-k d_in for the four products over pairs, 8 b n for scores written and read. The utilisation is an assumption.
+moves / (bandwidth x utilisation): 28 P for Adam (weights, gradients and moments read, all but gradients written),
+16 b k d_in for the four products over pairs, 8 b n for scores written and read. What processes send each other is left
+out. The utilisation is an assumption.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -197,34 +198,22 @@ def model_shape(model: str | os.PathLike) -> ModelShape:
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} must be a model's configuration in JSON, got {error}: download it again") from error
-    if config.get("model_type") not in FAMILIES:
-        raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {config.get('model_type')!r} from {name}: "
-            "add it to sae_lib.plan.FAMILIES"
-        )
+    _one_of(f"model_type of {file}", config.get("model_type"), FAMILIES)
     family = FAMILIES[config["model_type"]]
 
     def size(key: str, default: int | None = None) -> int:
         key = GPT2_NAMES.get(key, key) if family is FAMILIES["gpt2"] else key
-        value = config.get(key)
-        value = default if value is None else value
+        value = default if config.get(key) is None else config[key]
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key} must be a positive integer, got {value!r} from {name}: look into its config.json")
         return value
 
     d_model, heads = size("hidden_size"), size("num_attention_heads")
-    return ModelShape(
-        layers=size("num_hidden_layers"),
-        d_model=d_model,
-        d_ff=size("intermediate_size", 4 * d_model if family is FAMILIES["gpt2"] else None),
-        heads=heads,
-        keys=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", d_model // heads),
-        vocabulary=size("vocab_size"),
-        context=size("max_position_embeddings"),
-        tied=config.get("tie_word_embeddings", family.tied),
-        family=family,
-    )
+    d_ff = size("intermediate_size", 4 * d_model if family is FAMILIES["gpt2"] else None)
+    keys, head_dim = size("num_key_value_heads", heads), size("head_dim", d_model // heads)
+    tied = config.get("tie_word_embeddings", family.tied)
+    sizes = size("num_hidden_layers"), d_model, d_ff, heads, keys, head_dim, size("vocab_size")
+    return ModelShape(*sizes, size("max_position_embeddings"), tied, family)
 
 
 @dataclass(frozen=True)
@@ -234,7 +223,7 @@ class Plan:
     Attributes:
         parameters: of the model, and of one SAE.
         flops: of a token: the model's to the site, and one SAE's step, sparse and dense.
-        memory: bytes a process, by what they are for.
+        memory: bytes of each process, by what they are for.
         disk: bytes, by what they are for.
         moved: bytes that one step of one SAE moves in a process.
     """
@@ -265,10 +254,8 @@ class Plan:
         Raises:
             ValueError: for an argument out of range.
         """
-        if device not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-        if arithmetic not in ARITHMETIC:
-            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
+        _one_of("device", device, DEVICES)
+        _one_of("arithmetic", arithmetic, ARITHMETIC)
         if not 0 < utilisation <= 1:
             raise ValueError(f"utilisation must be in (0, 1], got {utilisation}")
         peak = getattr(DEVICES[device], arithmetic) * 1e12 * utilisation * self.processes
@@ -343,7 +330,8 @@ def plan(
     """
     shape = model_shape(model)
     counts = {"d_sae": d_sae, "k": k, "tokens": tokens, "saes": saes, "batch_size": batch_size, "processes": processes}
-    for name, value in counts.items():
+    buffer_size = max(65_536, 8 * batch_size) if buffer_size is None else buffer_size
+    for name, value in {**counts, "buffer_size": buffer_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if k > d_sae:
@@ -353,12 +341,10 @@ def plan(
     context = min(1024, shape.context) if context is None else context
     if not 2 <= context <= shape.context:
         raise ValueError(f"context must be in [2, {shape.context}], the model's, got {context}")
-    for name, dtype in (("model_dtype", model_dtype), ("cache_dtype", cache_dtype)):
-        if dtype not in ITEMSIZE:
-            raise ValueError(f"{name} must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
+    _one_of("model_dtype", model_dtype, ITEMSIZE)
+    _one_of("cache_dtype", cache_dtype, ITEMSIZE)
     site = f"blocks.{shape.layers // 2}.hook_resid_post" if site is None else site
     layer, parts, d_in = _place(site, shape)
-    buffer_size = max(65_536, 8 * batch_size) if buffer_size is None else buffer_size
 
     sae, share, itemsize = 2 * d_in * d_sae + d_sae + d_in, batch_size // processes, ITEMSIZE[model_dtype]
     working = 4 * shape.d_model + 3 * shape.d_ff + 2 * context * shape.heads
@@ -385,6 +371,11 @@ def plan(
         },
         moved=28 * sae + 16 * share * k * d_in + 8 * share * d_sae,
     )  # fmt: skip
+
+
+def _one_of(name: str, value: object, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _place(site: str, shape: ModelShape) -> tuple[int, int, int]:

@@ -172,6 +172,7 @@ def test_the_site_is_the_middle_of_the_model_and_its_windows_short_unless_said_o
     [
         ({"model": "gpt-5"}, "model must be pocket, one of gpt2, .* or a folder that holds a config.json, got 'gpt-5'"),
         ({"d_sae": 0}, "d_sae must be at least 1, got 0"),
+        ({"buffer_size": 0}, "buffer_size must be at least 1, got 0"),
         ({"saes": -1}, "saes must be at least 1, got -1"),
         ({"k": 101}, "k must be in [1, d_sae=100], got 101"),
         ({"batch_size": 100, "processes": 3}, "batch_size must be a multiple of processes=3, got 100"),
@@ -193,7 +194,7 @@ def test_what_makes_no_plan_is_refused(changes, message):
     [
         ("{", "config.json must be a model's configuration in JSON"),
         ("3", "config.json must be a model's configuration in JSON"),
-        ({"model_type": "mamba"}, "model_type must be one of gpt2, .*, got 'mamba'"),
+        ({"model_type": "mamba"}, "must be one of gpt2, .*, got 'mamba'"),
         ({"model_type": "llama", "num_attention_heads": 2}, "hidden_size must be a positive integer, got None"),
         ({"model_type": "gpt2", **GPT2, "n_layer": "12"}, "n_layer must be a positive integer, got '12'"),
     ],
