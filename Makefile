@@ -8,7 +8,7 @@ BOOKFLAGS ?=
 BENCHFLAGS ?=
 PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
 
-.PHONY: book test bench clean
+.PHONY: book test stress bench clean
 
 book: $(INSTALLED)  ## execute every chapter and render the book to _build/html; BOOKFLAGS="-W -n --keep-going" makes warnings errors
 	$(BIN)/python book/build.py $(BOOKFLAGS)
@@ -16,6 +16,9 @@ book: $(INSTALLED)  ## execute every chapter and render the book to _build/html;
 test: $(INSTALLED)  ## ruff, the unit tests, the doctests, and every chapter at smoke scale
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n logical --dist worksteal --nbmake --nbmake-timeout=300 sae_lib tests book
+
+stress: $(INSTALLED)  ## what make test does a few times, many times: a training run killed at random moments, damaged checkpoints
+	SAE_LIB_STRESS=1 $(BIN)/pytest --quiet --capture=no -k "many_damaged or again_and_again" tests/test_checkpoint.py
 
 bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
 	$(BIN)/python tests/peers/bench.py $(BENCHFLAGS)

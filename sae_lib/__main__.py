@@ -2,22 +2,134 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
+import inspect
+import json
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
 except ImportError:
     raise SystemExit('the command line needs the extra "lm": pip install "sae-put-to-the-test[lm]"') from None
 
+import sae_lib
+from sae_lib.pocket.provenance import write_bytes
+
 ASSETS = Path(__file__).parent / "assets"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 @app.callback()
 def main() -> None:
     """Sparse Autoencoders, Put to the Test."""
+
+
+def arguments_of(variant: str) -> dict[str, inspect.Parameter]:
+    """What a variant's constructor takes, but for d_in, which the stream knows."""
+    parameters = dict(inspect.signature(sae_lib.VARIANTS[variant]).parameters)
+    return {name: parameter for name, parameter in parameters.items() if name != "d_in"}
+
+
+def usage(variant: str) -> str:
+    """The options of a variant in one line."""
+    return " ".join(
+        [f"{variant}:"]
+        + [name if p.default is p.empty else f"{name}={p.default}" for name, p in arguments_of(variant).items()]
+    )
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="\n\n".join(["Variants, and their options with their defaults:", *map(usage, sae_lib.VARIANTS)]),
+)
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the SAEs, their history and the checkpoints.")],
+    variant: Annotated[str | None, typer.Option(help="Of one SAE; its options are listed below.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="--NAME VALUE", help="Options of the variant, such as --k 16.")
+    ] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help='One of several SAEs: "topk d_sae=1024 k=16".')
+    ] = None,
+    model: Annotated[str, typer.Option(help="pocket, a folder, or a name on the Hugging Face Hub.")] = "pocket",
+    site: Annotated[str, typer.Option(help="Where the activations are taken.")] = "blocks.1.hook_resid_post",
+    texts: Annotated[str, typer.Option(help="pocket, a .txt or .jsonl file, or a data set of the Hub.")] = "pocket",
+    split: Annotated[str, typer.Option(help="Of pocket or a data set.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many texts; the Hub needs it.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
+    batch_size: Annotated[int, typer.Option(help="Tokens in a step.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the order of the data, and of SAEs that name none.")] = 0,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Tokens; a tenth of the run, if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; the first GPU, if there is one.")] = None,
+) -> None:
+    """Train SAEs, several of them on the same batches; the same command goes on where an earlier one was stopped.
+
+    python -m sae_lib train --variant topk --d-sae 1024 --k 16 --out runs/topk
+
+    python -m sae_lib train --sae "topk d_sae=1024 k=16" --sae "relu d_sae=1024 l1_coeff=0.05" --out runs/both
+    """
+    try:
+        given = [*(sae or []), *([shlex.join([variant, *options(settings or [])])] if variant else [])]
+        if not given or (settings and not variant):
+            raise ValueError(f"give --variant with its options, or --sae, got {' '.join(settings or ['neither'])}")
+        wanted = [described(text) for text in given]
+        stream = sae_lib.Activations(
+            sae_lib.load_model(model, device),
+            site,
+            texts=sae_lib.load_texts(texts, split, limit=limit),
+            batch_size=batch_size,
+            grad=any("grad" in made.needs for made, _ in wanted),
+        )
+        saes = [made(d_in=stream.d_in, **{"seed": seed} | arguments) for made, arguments in wanted]
+        run = sae_lib.train(
+            saes, stream, tokens, seed, checkpoint=out / "checkpoint", checkpoint_every=checkpoint_every
+        )
+        rows = "".join(json.dumps(row) + "\n" for row in run.history)
+        write_bytes(out / "history.jsonl", rows.encode())
+        for place, trained in enumerate(run.saes):
+            last = [row for row in run.history if row["sae"] == place][-1]
+            path = trained.save(out / f"{place}-{trained.name}")
+            typer.echo(f"{path}  fvu {last['fvu']:.3f}  l0 {last['l0']:.1f}  dead {last['dead']:.1%}")
+    except KeyboardInterrupt as stop:
+        typer.echo(stop, err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        typer.secho("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+def options(words: list[str]) -> list[str]:
+    """``--aux-coeff 0.1`` or ``--aux-coeff=0.1`` as ``aux_coeff=0.1``."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for name, value in zip(words[::2], [*words[1::2], "--"], strict=False):
+        if not name.startswith("--") or value.startswith("--"):
+            raise ValueError(f"options of a variant must be --name value, got {' '.join(words)}")
+    return [f"{name[2:].replace('-', '_')}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+
+
+def described(text: str) -> tuple[type[sae_lib.SAE], dict[str, Any]]:
+    """The class and the arguments that ``"topk d_sae=1024 k=16"`` means, checked against what the class takes."""
+    variant, *pairs = shlex.split(text) or [""]
+    if variant not in sae_lib.VARIANTS:
+        near = ", ".join(difflib.get_close_matches(variant, sae_lib.VARIANTS)) or ", ".join(sae_lib.VARIANTS)
+        raise ValueError(f"variant must be one of {', '.join(sae_lib.VARIANTS)}, got {variant!r}; nearest: {near}")
+    known, arguments = arguments_of(variant), {}
+    for pair in pairs:
+        name, is_pair, value = pair.partition("=")
+        if not is_pair or name not in known:
+            raise ValueError(f"{variant} takes {', '.join(known)} as name=value, got {pair!r}")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
+    if missing:
+        raise ValueError(f"{variant} needs {', '.join(missing)}, got {text!r}")
+    return sae_lib.VARIANTS[variant], arguments
 
 
 @app.command()
@@ -59,9 +171,10 @@ def plan(
     sizes = {"site": site, "tokens": tokens, "saes": saes, "batch_size": batch_size, "context": context}
     try:
         made = plan(model, d_sae, k, processes=processes, model_dtype=model_dtype, cache_dtype=cache_dtype, **sizes)
-        print(made.table(gpu.split(","), utilisation))
+        typer.echo(made.table(gpu.split(","), utilisation))
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -259,6 +259,28 @@ def test_a_dictionary_that_cannot_be_is_refused_with_rule_value_and_remedy(argum
 
 
 @pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("batches", [0, 1, 5])
+def test_a_stream_goes_on_where_another_stood(batches):
+    dictionary = PlantedDictionary(12, 8, active=2, noise=0.1, correlation=0.3)
+    stream, other = dictionary.batches(32, seed=5), dictionary.batches(32, seed=5)
+    iterator = iter(stream)
+    for _ in range(batches):
+        next(iterator)
+    state = {name: value.clone() for name, value in stream.state_dict().items()}
+    expected = take(iterator, 3)
+    other.load_state_dict(state)
+    assert torch.equal(other.state_dict()["generator"], state["generator"]), "loaded, and not yet iterated over"
+    for mine, theirs in zip(take(other, 3), expected, strict=True):
+        assert torch.equal(mine.x, theirs.x) and torch.equal(mine.truth, theirs.truth)
+    assert torch.equal(take(other, 1)[0].x, take(stream, 1)[0].x), "the next one starts anew"
+
+
+def test_a_stream_refuses_the_state_of_other_samples():
+    dictionary = PlantedDictionary(12, 8, active=2)
+    with pytest.raises(ValueError, match="same dictionary and seed"):
+        dictionary.batches(32, seed=1).load_state_dict(dictionary.batches(32, seed=2).state_dict())
+
+
 def test_samples_and_batches_of_nothing_are_refused():
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         PlantedDictionary(12, 8).sample(0)
