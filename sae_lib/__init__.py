@@ -2,6 +2,7 @@
 
 from sae_lib import metrics
 from sae_lib.activations import Activations
+from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch, PlantedDictionary, load_texts
 from sae_lib.formats import load
 from sae_lib.metrics.evaluation import evaluate

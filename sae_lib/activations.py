@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae_lib.cache import cache
+from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch
 from sae_lib.models import LanguageModel, SiteReached, Tokens, empty_text, nearest
 
@@ -217,6 +220,12 @@ class Activations:
         has_next[:, :-1] = sequence.mask[:, 1:]
         x, gradient = self.model.gradients(sequence, self.site)
         return x[counted & has_next], gradient[counted & has_next]
+
+    def cache(
+        self, folder: str | Path, dtype: torch.dtype = torch.float32, tokens: int | None = None
+    ) -> CachedActivations:
+        """Write the activations to `folder`, or open them if they are there; see `sae_lib.cache.cache`."""
+        return cache(self, folder, dtype, tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the iteration under way stands (the latest one; else, the start), as tensors.

@@ -1,0 +1,192 @@
+"""Activations read from disk: batches of rows that a random permutation picks from all shards of a cache.
+
+One permutation of all rows is an epoch; row numbers take 8 bytes each. Before the first byte of a random row comes, the
+processor walks its page table and waits for memory; the reader lets it do both for many rows at once, by touching the
+first word of each row of the next MiB before it copies them. Threads gather the next batches meanwhile, into memory
+that is used again when a batch is gone: fresh memory would cost more than the copy. A cache that is larger than the
+memory is read as fast as the disk serves single rows.
+
+Opening checks the manifest, and sizes and headers of the shards. The first iteration hashes all shards before its first
+batch (about 1.5 GB/s and core), so that nothing is trained on bytes that changed after they were written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lib.data import Batch
+from sae_lib.shards import check_hash, dtype_of, fault, mapped, progress, read_manifest
+
+TOUCHED_BYTES = 2**20
+"""Rows whose first words are touched together: what a second-level cache holds."""
+READERS, AHEAD = 2, 3
+"""Threads that gather batches, and batches that are gathered ahead of the one that is asked for."""
+
+
+class CachedActivations:
+    """Shuffled batches of activations that `cache` has written. Chapter `speed`.
+
+    Each `iter(stream)` is an epoch: every row once, in an order that the seed draws from all orders of all rows, the
+    same each time; its last batch may be short. Batches are float32. There is no model behind it: `evaluate` reports
+    reconstruction and sparsity, but for the model's loss it needs `Activations`.
+
+    Args:
+        folder: where `cache` wrote.
+        batch_size: rows in a batch, at least 1.
+        seed: decides the order.
+        device: where the batches go.
+
+    Attributes:
+        d_in: width of the activations.
+        tokens: number of rows; `len` is the number of batches.
+        dtype: in which they are stored.
+        grad: whether batches carry gradients.
+        fingerprint: that of the stream that was cached, so that `evaluate` knows what was trained on.
+
+    Raises:
+        ValueError: for an argument out of range, a folder without a whole cache, a manifest that was edited or is of
+            another version, a shard that is missing or has another size or header; and, when it is first iterated over,
+            a shard whose bytes have changed. The message names the file and says what to do.
+    """
+
+    def __init__(self, folder: str | Path, batch_size: int = 2048, seed: int = 0, device: str | torch.device = "cpu"):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        self.folder, self.batch_size, self.seed, self.device = Path(folder), batch_size, seed, torch.device(device)
+        self.manifest = read_manifest(self.folder)
+        shards = self.manifest["shards"]
+        if not self.manifest["complete"]:
+            raise ValueError(
+                f"{self.folder} must hold a whole cache, but its writing was cut off after {len(shards)} shards; call "
+                "stream.cache with the same folder, which goes on from there"
+            )
+        for shard in shards:
+            if message := fault(self.folder, self.manifest, shard):
+                raise ValueError(message)
+        self.d_in, self.grad, self.dtype = self.manifest["d_in"], self.manifest["grad"], dtype_of(self.manifest)
+        self.tokens = sum(shard["rows"] for shard in shards)
+        self.fingerprint: str = self.manifest["source"]["fingerprint"]
+        bits = np.int32 if self.dtype == torch.float32 else np.int16
+        self._rows = mapped([self.folder / shard["file"] for shard in shards]).view(bits).reshape(-1, self.d_in)
+        self._verified = False
+        self._iteration: weakref.ref[_Epoch] | None = None
+        self._resume: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        sizes = f"d_in={self.d_in}, tokens={self.tokens}, dtype={self.dtype}, batch_size={self.batch_size}"
+        return f"CachedActivations({str(self.folder)!r}, {sizes}, seed={self.seed}, grad={self.grad})"
+
+    def __len__(self) -> int:
+        return math.ceil(self.tokens / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._verified:
+            self.verify()
+        iteration, self._resume = _Epoch(self, self._resume), None
+        self._iteration = weakref.ref(iteration)
+        return iteration
+
+    def verify(self) -> None:
+        """Hash every shard, as the first iteration does by itself.
+
+        Raises:
+            ValueError: if the bytes of a shard have changed; the message names it.
+        """
+        shards = self.manifest["shards"]
+        total = sum(shard["bytes"] for shard in shards)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(total, "B", "verify") as bar:
+            try:
+                checks = pool.map(lambda shard: check_hash(self.folder, shard), shards)
+                for shard, _ in zip(shards, checks, strict=True):
+                    bar.update(shard["bytes"])
+            finally:
+                pool.shutdown(cancel_futures=True)
+        self._verified = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the iteration under way stands (the latest one; else, the start), as tensors.
+
+        A stream over the same cache that loads it goes on, at its next `iter()`, with the same bits.
+        """
+        if self._resume is not None:
+            return dict(self._resume)
+        iteration = self._iteration() if self._iteration is not None else None
+        position, seed = (iteration.position, iteration.seed) if iteration else (0, self.seed)
+        identity = torch.tensor(list(bytes.fromhex(self.manifest["sha256"])), dtype=torch.uint8)
+        return {"position": torch.tensor([position, seed]), "cache": identity}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Let the next `iter()` go on where `state` was taken.
+
+        Raises:
+            ValueError: if the state comes from another stream.
+        """
+        if "cache" not in state or bytes(state["cache"].tolist()).hex() != self.manifest["sha256"]:
+            raise ValueError(f"state must be that of the cache in {self.folder}, got another stream's: open that one")
+        self._resume = dict(state)
+
+    def _gather(self, numbers: np.ndarray, free: list[np.ndarray]) -> Batch:
+        """The batch of these rows; with gradients, each activation is followed by its gradient."""
+        if not self.grad:
+            return Batch(self._gather_rows(numbers, free))
+        gradients = self._gather_rows(2 * numbers + 1, free).div_(self.manifest["grad_scale"])
+        return Batch(self._gather_rows(2 * numbers, free), gradients)
+
+    def _gather_rows(self, numbers: np.ndarray, free: list[np.ndarray]) -> Float[Tensor, "batch d_in"]:
+        """A copy of these rows, in memory out of `free`, which gets it back when nobody holds the tensor any more."""
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = torch.empty(self.batch_size, self.d_in).numpy()
+        lent = memory[: len(numbers)]
+        weakref.finalize(lent, free.append, memory).atexit = False  # the tensor, and every view of it, holds `lent`
+        wide, first_words = torch.from_numpy(lent), self._rows.reshape(-1)
+        count = max(1, TOUCHED_BYTES // self._rows[0].nbytes)
+        narrow = wide if self.dtype == torch.float32 else torch.empty(wide.shape, dtype=self.dtype)
+        bits = narrow.view(torch.int32 if self.dtype == torch.float32 else torch.int16).numpy()
+        for start in range(0, len(numbers), count):
+            part = slice(start, start + count)
+            np.take(first_words, numbers[part] * self.d_in, mode="clip")
+            np.take(self._rows, numbers[part], axis=0, out=bits[part], mode="clip")
+            if narrow is not wide:
+                wide[part] = narrow[part]
+        return wide
+
+
+class _Epoch:
+    """One pass over a cache. Its readers hold the cache but not the pass, so that they end when it is dropped."""
+
+    def __init__(self, stream: CachedActivations, state: Mapping[str, Tensor] | None):
+        self.device = stream.device
+        self.position, self.seed = (0, stream.seed) if state is None else state["position"].tolist()
+        order = torch.randperm(stream.tokens, generator=torch.Generator().manual_seed(self.seed)).numpy()
+        readers = ThreadPoolExecutor(READERS, thread_name_prefix="sae_lib.cache")
+        self.end = weakref.finalize(self, readers.shutdown, wait=False, cancel_futures=True)
+        size, gather, free = stream.batch_size, stream._gather, []
+        starts = range(self.position, stream.tokens, size)
+        self.coming = (readers.submit(gather, order[start : start + size], free) for start in starts)
+        self.pending = deque(islice(self.coming, AHEAD))
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self.pending:
+            self.end()
+            raise StopIteration
+        batch = self.pending.popleft().result()
+        self.pending.extend(islice(self.coming, 1))
+        self.position += len(batch.x)
+        return Batch(*(part if part is None else part.to(self.device) for part in batch))
