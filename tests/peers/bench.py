@@ -39,7 +39,7 @@ BATCHES = 4
 """Different batches, trained on in turn."""
 SIZES = {(256, 4096): 9, (768, 12288): 4}
 """d_in, d_sae, and how many rounds each is measured by default."""
-WARM_UP = 2
+WARM_UP = 1
 PATIENCE = 300
 """Seconds until a worker that says nothing is given up."""
 KEY = ("work", "library", "variant", "d_in", "d_sae", "k", "batch", "threads")
@@ -116,9 +116,9 @@ def works(
     """All that is measured, of the chosen libraries and sizes."""
     found = []
     for d_in, d_sae in sizes:
-        times, steps = rounds or SIZES.get((d_in, d_sae), 4), 2 if d_sae < 8192 else 1
+        times = rounds or SIZES.get((d_in, d_sae), 4)
 
-        def job(library: str, variant: str, shape=(d_in, d_sae, k, batch, steps)) -> Job:
+        def job(library: str, variant: str, shape=(d_in, d_sae, k, batch)) -> Job:
             return Job(library, variant, *shape)
 
         for name, variants in VARIANTS.items():
@@ -131,6 +131,7 @@ def works(
         if "sae_lib" in libraries:
             found.append(Work("scaling", scaling(job("sae_lib", "topk")), times))
     if "sae_lib" in libraries:
+        found.append(Work("density", density(Job("sae_lib", "topk", *min(sizes), k, batch)), rounds or 5))
         parts = ("forward", "steps", "train")
         jobs = [
             Job("sae_lib", part, 128, min(32 * k, 1024), min(k, 16), min(batch, 2048), 20, "pocket") for part in parts
@@ -143,6 +144,12 @@ def scaling(usual: Job) -> list[Job]:
     """The usual job, and with half and with twice the batch, the width, and k."""
     sizes = [(name, getattr(usual, name)) for name in ("batch", "d_sae", "k")]
     return [usual, *(replace(usual, **{name: value}) for name, size in sizes for value in (size // 2, 2 * size))]
+
+
+def density(usual: Job) -> list[Job]:
+    """Sparse and dense steps at several shares of living pairs."""
+    ks = [usual.d_sae // share for share in (128, 48, 24, 12, 6)]
+    return [replace(usual, k=k, variant=f"topk, {how}") for k in ks for how in ("sparse", "dense")]
 
 
 class Worker:
@@ -230,6 +237,8 @@ def measure(work: Work, activations: dict[int, Path], bar: tqdm) -> tuple[list[d
         l0 = {}
         all_do(lambda worker: l0.update({worker: worker.ask("l0")["l0"]}))
     finally:
+        for worker in workers:
+            worker.process.stdin.close()
         for worker in workers:
             worker.close()
     said, seconds = dict(ready), time.perf_counter() - began
@@ -337,7 +346,7 @@ def size(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--libraries", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="NAME")
-    parser.add_argument("--works", nargs="+", choices=[*VARIANTS, "scaling", "pocket"], metavar="NAME")
+    parser.add_argument("--works", nargs="+", choices=[*VARIANTS, "scaling", "density", "pocket"], metavar="NAME")
     parser.add_argument("--sizes", nargs="+", type=size, default=list(SIZES), metavar="D_INxD_SAE")
     parser.add_argument(
         "--rounds", type=int, help="how often each is measured; by default more often where it is quick"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import sae_lib
 from peers.worker import LEARNING_RATE, Encode, Train, Work, kth_largest
+from sae_lib import selection
 from sae_lib.data import Batch
 from sae_lib.sae import SAE
 from sae_lib.train import adam, one_step
@@ -24,9 +25,9 @@ def build(work: Work, x: Tensor) -> tuple[Train, Encode]:
     if variant == "encoder GEMM":
         return product(work, torch.bfloat16 if condition == "bf16" else torch.float32)
     if condition == "no bf16":
-        from sae_lib import selection
-
         selection.fast_bf16 = lambda: False
+    elif condition in ("dense", "sparse"):  # whatever would be faster
+        selection.DENSITY = {"dense": 0.0, "sparse": 1.0}[condition]
     sae = make(variant, work.d_in, work.d_sae, work.k)
     at_density(sae, x, work.k)
     dead = slice(0, round(DEAD * work.d_sae) if condition == "10% dead" else 0)
