@@ -23,6 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from sae_lib.data import Batch
+from sae_lib.distributed import anywhere, count, per_token, total
 from sae_lib.selection import top_of_rows
 from sae_lib.sparse import Code, Scores
 
@@ -99,7 +100,10 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
-        """The named terms of the loss on one batch. Reads the buffers, never writes them."""
+        """The named terms of the loss on one batch. Reads the buffers, never writes them.
+
+        Terms are made of sums over the batch's tokens, by `squared_error`, `auxk` and `sae_lib.distributed.per_token`:
+        then they are right in several processes too, of which each has a slice of the batch."""
 
     # What every variant does ------------------------------------------------------------------------------------------
 
@@ -152,8 +156,9 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         """After the optimiser; the only place where state is written."""
-        self.tokens_trained.add_(len(batch.x))
-        self.tokens_since_fired.add_(len(batch.x)).masked_fill_(code.fired(), 0)
+        tokens = count(len(batch.x))
+        self.tokens_trained.add_(tokens)
+        self.tokens_since_fired.add_(tokens).masked_fill_(anywhere(code.fired()), 0)
         if self.unit_rows and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=torch.finfo(self.W_dec.dtype).tiny))
 
@@ -285,7 +290,12 @@ def geometric_median(x: Float[Tensor, "batch d_in"], tolerance: float = 1e-5) ->
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Squared distance, summed over dimensions, mean over the batch."""
-    return (x - x_hat).square().sum(1).mean()
+    return per_token((x - x_hat).square().sum(1).sum(), len(x))
+
+
+def spread(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Squared distance from the batch's mean, summed over dimensions and the batch."""
+    return total((x - per_token(x.sum(0), len(x))).square().sum())
 
 
 def auxk(sae: SAE, scores: Scores, residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
@@ -301,6 +311,5 @@ def auxk(sae: SAE, scores: Scores, residual: Float[Tensor, "batch d_in"]) -> Flo
         return residual.new_zeros(())
     residual = residual.detach()
     code = top_of_rows(scores.of(dead), min(max(sae.d_in // 2, 1), len(dead)))
-    spread = (residual - residual.mean(0)).square().sum()
-    error = (residual - code.decode(sae.W_dec.index_select(0, dead))).square().sum()
-    return error / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    error = total((residual - code.decode(sae.W_dec.index_select(0, dead))).square().sum())
+    return error / spread(residual).clamp(min=torch.finfo(residual.dtype).tiny)

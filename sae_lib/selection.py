@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lib.distributed import count, greatest, largest, least
 from sae_lib.sparse import Code, Scores, first_of_each, products
 
 DENSITY = 1 / 24
@@ -46,7 +47,7 @@ ROUNDING = 1.01 * 2**-8
 
 def top_of_rows(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
     """The k largest scores of each token that are positive. Chapter `topk`."""
-    if isinstance(scores, Tensor) or k > DENSITY * scores.shape[1]:
+    if isinstance(scores, Tensor) or k > DENSITY * scores.shape[1] or not scores.shape[0]:
         s = scores if isinstance(scores, Tensor) else scores.dense()
         values, cols = s.topk(k, dim=1, sorted=False)
         return Code.from_dense(torch.zeros_like(s).scatter(1, cols, values.relu()))
@@ -55,15 +56,17 @@ def top_of_rows(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
 
 
 def top_of_batch(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
-    """The ``k * batch`` largest scores of the whole batch that are positive. Chapter `batchtopk`."""
-    found = None
+    """The ``k * batch`` largest scores of the whole batch, of all processes, that are positive. Chapter `batchtopk`."""
+    found, wanted = None, k * count(scores.shape[0])
     if isinstance(scores, Scores) and k <= DENSITY * scores.shape[1]:
-        found = best_of_all(*recipe(scores), k * scores.shape[0])
+        found = best_of_all(*recipe(scores), wanted)
     if found is not None:
         return scores.code(*found)
     s = scores if isinstance(scores, Tensor) else scores.dense()
-    values, places = s.flatten().topk(k * len(s), sorted=False)
-    return Code.from_dense(torch.zeros_like(s).flatten().scatter(0, places, values.relu()).view_as(s))
+    flat = s.flatten()
+    places = largest(flat.detach(), wanted)
+    z = torch.zeros_like(flat).scatter(0, places, flat.gather(0, places).relu())
+    return Code.from_dense(z.view_as(s))
 
 
 def top_of_columns(scores: Scores | Float[Tensor, "batch d_sae"], counts: Int[Tensor, " d_sae"]) -> Code:
@@ -152,26 +155,29 @@ def best_of_rows(
 
 @torch.no_grad()
 def best_of_all(
-    a: Float[Tensor, "n d_in"], b: Float[Tensor, "m d_in"], bias: Float[Tensor, " m"], count: int
+    a: Float[Tensor, "n d_in"], b: Float[Tensor, "m d_in"], bias: Float[Tensor, " m"], wanted: int
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]] | None:
-    """The `count` largest positive entries of ``a b^T + bias``; None where too many come into question.
+    """The `wanted` largest positive entries of ``a b^T + bias``; None where too many come into question.
 
-    A few rows guess a bound that a little more than `count` entries should reach; if fewer do, it is lowered.
+    A few rows guess a bound that a little more than `wanted` entries should reach; if fewer do, it is lowered. The rows
+    are those of all processes, and so is every decision: each returns what is among its own rows.
     """
+    if greatest(not len(a)):
+        return None
     sample = a[:: max(1, len(a) // SAMPLE)]
     guesses = torch.cat([s.float().flatten() for _, s, _ in scored(sample, b, bias)])
-    share = count / (len(a) * len(b))
+    share = wanted / (count(len(a)) * len(b))
     for generous in (1.25, 2.5, None):
         bound = 0.0
         if generous is not None:
             rank = min(len(guesses), 1 + int(generous * share * len(guesses)))
-            bound = max(0.0, float(guesses.topk(rank, sorted=False).values.min()))
+            bound = max(0.0, float(least(guesses.topk(rank, sorted=False).values.min())))
         found = candidates(a, b, bias, lambda maxima, error, rows, bound=bound: bound - error)
-        if found is None:
+        if greatest(found is None):
             return None
         rows, cols, values = found
-        if bound == 0 or (values >= bound).sum() >= count:
-            chosen = values.topk(min(count, len(values)), sorted=False).indices.sort().values
+        if bound == 0 or count(int((values >= bound).sum())) >= wanted:
+            chosen = largest(values, wanted).sort().values
             chosen = chosen[values[chosen] > 0]
             return rows[chosen], cols[chosen], values[chosen]
 
@@ -192,8 +198,10 @@ def candidates(
         groups: least number of groups in a row.
 
     Returns:
-        None if more than twice `DENSITY` of the entries come into question.
+        None if more than twice `DENSITY` of the entries come into question, or there is no entry.
     """
+    if not len(a):
+        return None
     size = next(size for size in GROUP_SIZES if len(b) % size == 0 and (len(b) >= groups * size or size == 1))
 
     def reaching(exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import Checkpoints
 from sae_lib.data import Batch
-from sae_lib.sae import SAE, Loss, as_batch, whole
+from sae_lib.distributed import add_gradients, mine, per_token, total
+from sae_lib.sae import SAE, Loss, as_batch, spread, whole
 
 SCALE_BATCHES = 4
 """Batches on which the global scale is estimated; they are trained on too."""
@@ -139,9 +140,10 @@ def train(
     try:
         with progress_bar(tokens, run.tokens) as bar, checkpoints or nullcontext():
             for step, batch in enumerate(chain(first, batches), run.next_step):
-                batch = scaled(batch, run.scale)
-                rate, progress = schedule(run.tokens, len(batch.x), tokens), run.tokens / tokens
-                run.tokens += len(batch.x)
+                size = len(batch.x)
+                batch = scaled(mine(batch), run.scale)
+                rate, progress = schedule(run.tokens, size, tokens), run.tokens / tokens
+                run.tokens += size
                 for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
                     loss = one_step(sae, optimiser, batch, rate, progress)
                     waiting.append(
@@ -149,7 +151,7 @@ def train(
                         | measured(sae, batch, loss)
                         | {"learning_rate": optimiser.param_groups[0]["lr"]}
                     )
-                bar.update(len(batch.x))
+                bar.update(size)
                 due = checkpoints is not None and step + 1 >= read and checkpoints.due(run.tokens)
                 if due or (step + 1) % REPORT_EVERY == 0:
                     report(run, waiting, began, bar, watch)
@@ -185,6 +187,7 @@ def one_step(sae: SAE, optimiser: torch.optim.Optimizer, batch: Batch, rate: flo
     loss = sae.loss(batch)
     optimiser.zero_grad()
     loss.total.backward()
+    add_gradients(sae.parameters())
     sae.after_backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
     for group in optimiser.param_groups:
@@ -300,12 +303,12 @@ def checked_batches(
 @torch.no_grad()
 def measured(sae: SAE, batch: Batch, loss: Loss) -> dict[str, Tensor]:
     """One row of the history, still on the device."""
-    spread = (batch.x - batch.x.mean(0)).square().sum()
+    alive = loss.code.map(lambda values: (values > 0).to(values.dtype)).sum()
     return {
         "loss": loss.total.detach(),
         **{name: term.detach() for name, term in loss.terms.items()},
-        "l0": loss.code.l0(),
-        "fvu": (batch.x - loss.x_hat.detach()).square().sum() / spread,
+        "l0": per_token(alive, len(batch.x)),
+        "fvu": total((batch.x - loss.x_hat.detach()).square().sum()) / spread(batch.x),
         "dead": sae.dead.float().mean(),
     }
 

@@ -31,6 +31,7 @@ GENERATED = {"_build", "runs", "dist", "wandb", "__pycache__"}
 ORDER = [
     "records",
     "data",
+    "distributed",
     "pocket",
     "vision",
     "models",

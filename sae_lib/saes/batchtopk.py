@@ -17,10 +17,10 @@ paper only the abstract.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from sae_lib.data import Batch
+from sae_lib.distributed import greatest, least
 from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
 from sae_lib.selection import above, top_of_batch
 from sae_lib.sparse import Code, Scores
@@ -83,11 +83,13 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
-        if len(code.values):
-            update_threshold(self, code.values.min())
+        update_threshold(self, code)
 
 
-def update_threshold(sae: SAE, smallest: Float[Tensor, ""]) -> None:
-    """Move the running mean `sae.threshold` towards this batch's smallest living value."""
-    sae.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
-    sae.threshold.lerp_(smallest, (1 - MEMORY) / sae.threshold_weight)
+def update_threshold(sae: SAE, code: Code) -> None:
+    """Move the running mean `sae.threshold` towards this batch's smallest living value, if anything lives."""
+    if greatest(len(code.values)):
+        nothing = code.values.new_tensor([torch.inf])  # in this process
+        smallest = least(torch.cat([code.values.detach(), nothing]).min())
+        sae.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
+        sae.threshold.lerp_(smallest, (1 - MEMORY) / sae.threshold_weight)

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lib.data import Batch
+from sae_lib.distributed import per_token
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
 from sae_lib.selection import near
 from sae_lib.sparse import Code, Scores
@@ -90,7 +91,7 @@ class GatedSAE(SAE):
         return Loss(
             {
                 "reconstruction": squared_error(batch.x, x_hat),
-                "sparsity": self.l1_coeff * self.warm * gate.sum() / len(batch.x),
+                "sparsity": self.l1_coeff * self.warm * per_token(gate.sum(), len(batch.x)),
                 "aux": squared_error(batch.x, gate_x_hat),
             },
             code,

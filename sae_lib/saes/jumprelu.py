@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lib.data import Batch
+from sae_lib.distributed import per_token
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
 from sae_lib.selection import above, near
 from sae_lib.sparse import Code, Scores
@@ -99,7 +100,7 @@ class JumpReLUSAE(SAE):
         z = scores.map(lambda s, threshold: Jump.apply(s, threshold, self.bandwidth), self.threshold)
         lives = scores.map(lambda s, threshold: Step.apply(s, threshold, self.bandwidth), self.threshold)
         x_hat = self.decode(z)
-        l0 = lives.sum() / len(batch.x)
+        l0 = per_token(lives.sum(), len(batch.x))
         sparsity = self.l0_coeff * l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square()
         terms = {"reconstruction": squared_error(batch.x, x_hat), "sparsity": self.warm * sparsity}
         return Loss(terms, z.living(), x_hat)

@@ -104,8 +104,7 @@ class MatryoshkaSAE(SAE):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
-        if len(code.values):
-            update_threshold(self, code.values.min())
+        update_threshold(self, code)
 
 
 def default_groups(d_sae: int) -> tuple[int, ...]:

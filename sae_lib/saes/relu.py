@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from sae_lib.data import Batch
+from sae_lib.distributed import per_token
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
 from sae_lib.selection import near
 from sae_lib.sparse import Code, Scores
@@ -72,7 +73,7 @@ class ReLUSAE(SAE):
         return Loss(
             {
                 "reconstruction": squared_error(batch.x, x_hat),
-                "sparsity": self.l1_coeff * self.warm * penalised.sum() / len(batch.x),
+                "sparsity": self.l1_coeff * self.warm * per_token(penalised.sum(), len(batch.x)),
             },
             code,
             x_hat,
