@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lib.distributed import count, greatest, largest, least
-from sae_lib.sparse import Code, Scores, first_of_each, products
+from sae_lib.sparse import Code, Scores, first_of_each, linear, products
 
 DENSITY = 1 / 24
 """Share of living pairs from which dense products are faster (measured: chapter `speed`)."""
@@ -244,10 +244,8 @@ def scored(
         summing = a.shape[1] * 2.0**-23 * size_a * size_b
         error = 1.01 * (lost_a * size_b + (size_a + lost_a) * lost_b + summing) + (bias - bias16).abs().max()
         a, b, bias = a16, b16, bias16
-    out = a.new_empty(min(rows, len(a)), len(b))
     for start in range(0, len(a), rows):
-        part = a[start : start + rows]
-        yield start, torch.addmm(bias, part, b.T, out=out[: len(part)]), error[start : start + rows]
+        yield start, linear(a[start : start + rows], b, bias), error[start : start + rows]
 
 
 def row_norms(a: Float[Tensor, "n d_in"], less: Tensor | None = None) -> Float[Tensor, " n"]:

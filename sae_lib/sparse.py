@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_lib import kernels
+
 
 class Code:
     """The living (token, latent) pairs of a batch, sorted by token.
@@ -168,9 +170,9 @@ class Scores:
         self.shape = (len(x), W_enc.shape[1])
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
-        """All scores; gradients through this are dense products. `b_dec` goes into the bias: no product of its own."""
-        bias = self.b_enc if self.b_dec is None else self.b_enc - self.b_dec @ self.W_enc
-        return F.linear(self.x, self.W_enc.T, bias)
+        """All scores; gradients through this are dense products."""
+        s = linear(self.centred, self.W_enc.detach().T, self.b_enc.detach())
+        return Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, s, self.centred, None)
 
     def of(self, latents: Int[Tensor, " some"]) -> Scores:
         """The scores of some latents only."""
@@ -184,19 +186,18 @@ class Scores:
     def code(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"]) -> Code:
         """The code of some pairs, whose `values` are their scores: gradients flow through these pairs only."""
         code = Code(rows, cols, values, self.shape)
-        if torch.is_grad_enabled():
-            code.values = Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, values, self.centred, code)
+        code.values = Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, values, self.centred, code)
         return code
 
 
 class Score(torch.autograd.Function):
-    """Values of living pairs as a function of x and the encoder; they were computed when the pairs were chosen."""
+    """Scores of some pairs, or of all (`pairs` is None), as a function of x and the encoder; computed before."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, values, centred, pairs):
-        ctx.save_for_backward(W_enc, centred)
+        ctx.save_for_backward(W_enc, centred.contiguous())
         ctx.pairs = pairs
-        return values.clone()
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
@@ -205,13 +206,13 @@ class Score(torch.autograd.Function):
         for_x, for_W_enc, for_b_enc, for_b_dec = ctx.needs_input_grad[:4]
         d_x = d_W_enc = d_b_enc = d_b_dec = None
         if for_b_enc or for_b_dec:
-            d_b_enc = grad.new_zeros(pairs.shape[1]).index_add_(0, pairs.cols, grad)
+            d_b_enc = grad.sum(0) if pairs is None else W_enc.new_zeros(W_enc.shape[1]).index_add_(0, pairs.cols, grad)
         if for_W_enc:
-            d_W_enc = sum_by_latent(centred, grad, pairs).T
+            d_W_enc = (grad.T @ centred if pairs is None else sum_by_latent(centred, grad, pairs)).T
         if for_b_dec:
             d_b_dec = -(W_enc @ d_b_enc)
         if for_x:
-            d_x = sum_by_token(W_enc.T, grad, pairs)
+            d_x = grad @ W_enc.T if pairs is None else sum_by_token(W_enc.T, grad, pairs)
         return d_x, d_W_enc, d_b_enc if for_b_enc else None, d_b_dec, None, None, None
 
 
@@ -234,6 +235,18 @@ class Decode(torch.autograd.Function):
         return d_W_dec, d_values, None
 
 
+def linear(
+    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "batch d_sae"]:
+    """``x directions^T + bias``, without gradient.
+
+    In 32 bits on a CPU it is oneDNN that multiplies, where torch would take MKL, which is slow on AMD's processors.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, directions, bias, "none", [], "")
+    return F.linear(x, directions, bias)
+
+
 # Three operations over pairs; each reads one row of a matrix a pair and never stores (pairs, d_in) --------------------
 
 
@@ -244,6 +257,8 @@ def products(
 
     Taken latent by latent, because the rows of `x`, which are then read in no order, fit in the processor's cache.
     """
+    if x.is_cuda and kernels.enabled():
+        return kernels.pair_products(x, directions, pairs.rows, pairs.cols)
     order, starts = pairs.by_latent
     if not len(order):
         return x.new_zeros(0)
@@ -256,7 +271,10 @@ def sum_by_token(
     directions: Float[Tensor, "d_sae d_in"], values: Float[Tensor, " pairs"], pairs: Code
 ) -> Float[Tensor, "batch d_in"]:
     """Sum over each token's pairs of value times the latent's row of `directions`."""
-    return weighted_sums(directions, values, pairs.cols, pairs.starts)
+    directions = directions.contiguous()
+    if values.is_cuda and kernels.enabled():
+        return kernels.decode(directions, values, pairs.cols, F.pad(pairs.starts, (0, 1), value=len(values)))
+    return F.embedding_bag(pairs.cols, directions, pairs.starts, mode="sum", per_sample_weights=values)
 
 
 def sum_by_latent(
@@ -264,12 +282,10 @@ def sum_by_latent(
 ) -> Float[Tensor, "d_sae d_in"]:
     """Sum over each latent's pairs of value times the token's row of `x`."""
     order, starts = pairs.by_latent
-    return weighted_sums(x, values[order], pairs.rows[order], starts)
-
-
-def weighted_sums(matrix: Tensor, values: Tensor, index: Tensor, starts: Tensor) -> Tensor:
-    """For each bag of pairs, which begins at its entry of `starts`: the sum of value times row of `matrix`."""
-    return F.embedding_bag(index, matrix.contiguous(), starts, mode="sum", per_sample_weights=values)
+    values, rows = values[order], pairs.rows[order]
+    if values.is_cuda and kernels.enabled():
+        return kernels.weight_gradient(x, values, rows, F.pad(starts, (0, 1), value=len(values)))
+    return F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=values)
 
 
 def first_of_each(groups: Int[Tensor, " pairs"], count: int) -> Int[Tensor, " count"]:
