@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sae_lib
 from sae_lib import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -154,6 +155,18 @@ def test_a_step_of_topk_has_the_gradients_of_the_dense_one():
     into_W_enc = kernels.weight_gradient(x, into_values[by_latent], rows[by_latent], offsets).T
     assert torch.allclose(into_W_enc.cpu(), dense[0], rtol=1e-5, atol=1e-4)
     assert torch.allclose(into_W_dec.cpu(), dense[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU, and on a CPU the engine leaves the kernels alone")
+def test_the_engine_has_the_same_gradients_with_and_without_kernels(monkeypatch):
+    sae = sae_lib.TopKSAE(d_in=300, d_sae=1000, k=8).to(DEVICE).train()
+    batch = sae_lib.Batch(torch.randn(128, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    gradients = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("SAE_LIB_TRITON", asked)
+        gradients.append(torch.autograd.grad(sae.loss(batch).total, list(sae.parameters())))
+    for without, with_kernels in zip(*gradients, strict=True):
+        assert (without - with_kernels).norm() <= 1e-5 * without.norm()
 
 
 @needs_triton

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import sae_lib
 from sae_lib.__main__ import app
 from sae_lib.plan import ARITHMETIC, DEVICES, FAMILIES, KNOWN, SITES, model_shape, plan
+from sae_lib.shards import HEADER_BYTES
 from sae_lib.train import adam, one_step
 
 SMALL = {
@@ -120,6 +121,16 @@ def test_memory_of_the_model_and_of_the_buffer_is_that_of_their_tensors(dtype):
     assert memory["buffer of activations"] == sum(buffer.nbytes for buffer in iteration.buffers)
     stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.bridge.parameters()}
     assert memory["model"] == sum(stored.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_disk_of_a_cache_is_that_of_its_files(dtype, tmp_path):
+    model = sae_lib.load_model(tiny_gpt2(), device="cpu")
+    stream = sae_lib.Activations(model, "blocks.1.hook_resid_post", ["the cat sings under a red sun"] * 60)
+    stream.cache(tmp_path, dtype=getattr(torch, dtype), tokens=400)
+    files = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    promised = plan(tiny_gpt2(), d_sae=100, k=4, site=stream.site, tokens=400, cache_dtype=dtype).disk
+    assert promised[f"cache, {dtype}"] == sum(files) - len(files) * HEADER_BYTES
 
 
 def test_disk_of_checkpoints_is_that_of_their_files(tmp_path):
