@@ -107,7 +107,6 @@ class Measured:
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     peak: int = 0
-    weights: int = 0
 
 
 def works(
@@ -204,7 +203,6 @@ class Worker:
             self.measured.cpu.append(statistics.mean(answer["cpu"]))
             self.measured.wall.append(statistics.mean(answer["wall"]))
             self.measured.peak = max(self.measured.peak, answer["peak"])
-            self.measured.weights = answer["weights"]
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -217,7 +215,7 @@ class Worker:
 
 def measure(work: Work, activations: dict[int, Path], bar: tqdm) -> tuple[list[dict], list[str]]:
     """The rows of one work, and what went wrong: a worker that fails is left out, the others go on."""
-    began, failures, ready = time.perf_counter(), [], []
+    began, failures, said = time.perf_counter(), [], {}
     workers = [Worker(job, activations[job.d_in]) for job in work.jobs]
 
     def all_do(action) -> None:
@@ -229,19 +227,18 @@ def measure(work: Work, activations: dict[int, Path], bar: tqdm) -> tuple[list[d
                 workers.remove(worker)
 
     try:
-        all_do(lambda worker: ready.append((worker, worker.hear())))
+        all_do(lambda worker: said.update({worker: worker.hear()}))
         for turn in range(WARM_UP + work.rounds):
             bar.set_description(f"{work.name} {work.jobs[0].d_in}x{work.jobs[0].d_sae}, round {turn + 1 - WARM_UP}")
             all_do(lambda worker, turn=turn: worker.step(keep=turn >= WARM_UP))
             bar.update()
-        l0 = {}
-        all_do(lambda worker: l0.update({worker: worker.ask("l0")["l0"]}))
+        all_do(lambda worker: said[worker].update(worker.ask("report")))
     finally:
         for worker in workers:
             worker.process.stdin.close()
         for worker in workers:
             worker.close()
-    said, seconds = dict(ready), time.perf_counter() - began
+    seconds = time.perf_counter() - began
     units = {worker.job.d_in: worker.measured for worker in workers if worker.job.variant == UNIT}
     rows = []
     for worker in workers:
@@ -250,11 +247,11 @@ def measure(work: Work, activations: dict[int, Path], bar: tqdm) -> tuple[list[d
         rows.append(
             dict(zip(KEY, key, strict=True))
             | {"version": said[worker]["version"], "torch": said[worker]["torch"], "rounds": work.rounds}
-            | {"l0": None if UNIT in job.variant or job.module else round(l0[worker], 3)}
+            | {"l0": None if UNIT in job.variant or job.module else round(said[worker]["l0"], 3)}
             | spread("cpu_ms", [1000 * value for value in measured.cpu])
             | spread("wall_ms", [1000 * value for value in measured.wall])
             | (spread("gemm_ratio", ratios(measured.cpu, units[job.d_in].cpu)) if job.d_in in units else {})
-            | {"peak_mb": megabytes(measured.peak), "peak_above_mb": megabytes(measured.peak - measured.weights)}
+            | {"peak_mb": megabytes(measured.peak), "peak_above_mb": megabytes(measured.peak - said[worker]["weights"])}
             | {"scores_mb": megabytes(4 * job.batch * job.d_sae), "seconds": round(seconds, 1)}
         )
     return rows, failures

@@ -29,16 +29,16 @@ def activations(tmp_path):
 
 def test_a_worker_answers_line_by_line_and_ends_with_its_input(activations):
     command = [sys.executable, "-m", "peers.worker", "ours", json.dumps(vars(TINY)), str(activations)]
-    commands = "step 2\nl0\nstep 1\n"
+    commands = "step 2\nreport\nstep 1\n"
     ran = subprocess.run(command, cwd=bench.ROOT / "tests", input=commands, capture_output=True, text=True, check=True)
-    ready, two, l0, one = (json.loads(line) for line in ran.stdout.splitlines())
+    ready, two, report, one = (json.loads(line) for line in ran.stdout.splitlines())
     assert ready["torch"] == torch.__version__
     assert [len(two["cpu"]), len(two["wall"]), len(one["cpu"])] == [2, 2, 1]
     assert min(two["cpu"] + one["cpu"]) > 0
-    assert l0 == {"l0": 4.0}
+    assert report["l0"] == 4
     parameters = 2 * 16 * 256 + 256 + 16
-    assert two["weights"] >= 4 * 4 * parameters  # weights, gradients, two moments, in 32 bits
-    assert two["weights"] <= 4 * 4 * parameters + 100  # and the optimiser's counters
+    assert report["weights"] >= 4 * 4 * parameters  # weights, gradients, two moments, in 32 bits
+    assert report["weights"] <= 4 * 4 * parameters + 100  # and the optimiser's counters
 
 
 def test_a_step_lasts_from_one_request_to_the_next(monkeypatch):

@@ -5,7 +5,7 @@ come from a `Meter`. A step lasts from the moment at which a batch is asked for 
 The file of a library has a function `build` (see `Build`) and the name of its `DISTRIBUTION`.
 
     standard input      step 3              make three steps
-                        l0                  say how many latents live on a token
+                        report              say how many latents live on a token, and what weights take
                         (end of input)      stop
     standard output     a line of JSON when ready, and one for each line read
 
@@ -77,9 +77,9 @@ class Meter:
         batch = None
         for line in sys.stdin:
             command, *count = line.split()
-            if command == "l0":
+            if command == "report":
                 with torch.no_grad():
-                    self.say(l0=float((self.encode(batch) != 0).sum(1).float().mean()))
+                    self.say(l0=(self.encode(batch) != 0).sum(1).float().mean().item(), weights=weights())
                 continue
             cpu, wall, peak = [], [], 0
             for _ in range(int(count[0])):
@@ -90,7 +90,7 @@ class Meter:
                 cpu.append(time.process_time() - cpu_before)
                 wall.append(time.perf_counter() - wall_before)
                 peak = max(peak, memory("VmHWM"))
-            self.say(cpu=cpu, wall=wall, peak=peak - self.base, weights=weights())
+            self.say(cpu=cpu, wall=wall, peak=peak - self.base)
         raise SystemExit
 
     def say(self, **answer: object) -> None:
