@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib.distributed import greatest, rank
 from sae_lib.interruption import Interruption
 from sae_lib.sae import SAE, whole
 
@@ -139,7 +140,7 @@ class Checkpoints:
         self.interruption = Interruption()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*"):  # by a process that was killed while it wrote
+            for left in self.folder.glob(".*") if not rank() else ():  # by a process that was killed while it wrote
                 if NAME.fullmatch(left.name[1:].split(".")[0]):
                     shutil.rmtree(left)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -201,7 +202,7 @@ class Checkpoints:
 
     def due(self, tokens: int) -> bool:
         """Whether a checkpoint is to be written now, after `tokens`; one comes at the end anyway."""
-        return tokens < self.length and (self.interruption.signal is not None or tokens - self.tokens >= self.every)
+        return tokens < self.length and (self.asked() or tokens - self.tokens >= self.every)
 
     def write(self, counters: dict[str, Any], optimisers: Sequence, finished: bool = False) -> None:
         """Write a checkpoint; then keep the newest two.
@@ -215,7 +216,8 @@ class Checkpoints:
             CheckpointError: if weights are not finite, or the disk does not take them; the last checkpoint stays.
         """
         for place, sae in enumerate(self.saes):
-            if not all(parameter.isfinite().all() for parameter in sae.parameters()):
+            extremes = [extreme for parameter in sae.parameters() for extreme in by_rows(parameter.detach()).aminmax()]
+            if not torch.stack(extremes).isfinite().all():
                 raise CheckpointError(
                     f"weights must stay finite, got NaN or infinity in sae {place} ({sae.name}) after "
                     f"{counters['tokens']:,} tokens; {self.safe()}; set sae.learning_rate lower"
@@ -263,8 +265,14 @@ class Checkpoints:
             goes_on = "; the same call goes on from there, also with another sae.learning_rate" if self.tokens else ""
             error.add_note(self.safe() + goes_on)
 
+    def asked(self) -> bool:
+        """Whether a signal has asked this process, or another of the run, to stop."""
+        self.interruption.signal = greatest(self.interruption.signal or 0) or None
+        return self.interruption.signal is not None
+
     def stop(self) -> None:
         """Stop, if a signal has asked for it: KeyboardInterrupt, or for SIGTERM exit with status 143."""
+        self.asked()
         self.interruption.act(f"stopped as asked; {self.safe()}; the same call goes on from there")
 
 

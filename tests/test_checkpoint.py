@@ -228,6 +228,53 @@ class Impatient(TopKSAE):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Noisy(TopKSAE):
+    """Its loss draws from its generator."""
+
+    def loss(self, batch):
+        noise = torch.randn(batch.x.shape, generator=self.generator)
+        return super().loss(batch._replace(x=batch.x + 0.1 * noise))
+
+
+def test_what_an_sae_draws_goes_on_too(tmp_path, send):
+    go(tmp_path / "unbroken", Noisy(D_IN, 12, 3))
+    send(30)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "stopped", Noisy(D_IN, 12, 3))
+    send(0)
+    go(tmp_path / "stopped", Noisy(D_IN, 12, 3))
+    assert_same_end(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+def rewrite(path, change):
+    """Change what ``run.json`` says, as if it had been written so."""
+    run = json.loads((path / RUN).read_text())
+    change(run)
+    (path / RUN).write_text(json.dumps(run))
+    (path / SUMS).write_text(sums(path))
+
+
+def test_seconds_and_steps_are_those_of_all_parts(stopped):
+    rewrite(newest(stopped), lambda run: run["counters"].update(seconds=1000.0))
+    run = go(stopped, topk())
+    assert 1000 < run.seconds < 1100
+    assert run.history[-1]["tokens_per_second"] == pytest.approx(TOKENS / run.seconds, rel=1e-3)
+    assert [row["step"] for row in run.history] == list(range(STEPS))
+
+
+def test_files_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+    flush = sae_lib.checkpoint.flush
+    monkeypatch.setattr(
+        sae_lib.checkpoint, "flush", lambda path: flushed.append((path, names(tmp_path))) or flush(path)
+    )
+    go(tmp_path, topk(), every=TOKENS)
+    *parts, (folder, after) = flushed
+    assert [path.name for path, _ in parts[:3]] == [STATE, RUN, SUMS]
+    assert all(known == [parts[-1][0].name] and known[0].startswith(".") for _, known in parts)
+    assert (folder, after) == (tmp_path, [f"{TOKENS:015d}-finished"])
+
+
 def test_a_signal_waits_until_the_batches_read_ahead_are_trained_on(tmp_path):
     go(tmp_path / "unbroken", Impatient(2, 0))
     with pytest.raises(KeyboardInterrupt):
@@ -320,9 +367,7 @@ def test_a_decoder_that_is_frozen_since_is_another_run(stopped):
 
 
 def test_another_version_of_torch_is_another_run(stopped):
-    path = newest(stopped)
-    (path / RUN).write_text((path / RUN).read_text().replace(f'"torch": "{torch.__version__[:4]}', '"torch": "1.0'))
-    (path / SUMS).write_text(sums(path))
+    rewrite(newest(stopped), lambda run: run["identity"]["versions"].update(torch="1.0"))
     with pytest.raises(CheckpointError, match=r"versions\.torch is 1\.0\S* there and"):
         go(stopped, topk())
 
@@ -335,15 +380,21 @@ def test_an_unfinished_run_goes_on_with_another_learning_rate_and_says_so(stoppe
         go(stopped, topk(learning_rate=1e-3))
 
 
-def test_tensors_that_are_not_those_of_the_saes_are_refused_before_one_is_touched(stopped, monkeypatch):
-    monkeypatch.setattr(
-        sae_lib.checkpoint, "identity", lambda *_: json.loads((newest(stopped) / RUN).read_text())["identity"]
-    )
+def test_tensors_that_are_not_those_of_the_saes_are_refused_before_one_is_touched(stopped):
     sae = topk(d_sae=24)
+    rewrite(newest(stopped), lambda run: run["identity"]["saes"][0].update(config=sae.config()))
     before = [value.clone() for value in sae.parameters()]
     with pytest.raises(CheckpointError, match=r"must hold the tensors of these SAEs, got other .* sae\.0\.W_dec"):
         go(stopped, sae)
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), before, strict=True))
+
+
+def test_what_is_no_checkpoint_of_this_version_is_refused(stopped):
+    rewrite(newest(stopped), lambda run: run.update(format_version=2))
+    with pytest.raises(
+        CheckpointError, match=r"run\.json must say .*'format_version': 1.*use the version that wrote it"
+    ):
+        go(stopped, topk())
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
