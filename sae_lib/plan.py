@@ -12,7 +12,7 @@ W_enc): 2 d_in n + 8 d_in k. That is the step of the variants with about k livin
 dense. Auxiliary losses are left out.
 
 **Memory** of each process, in bytes, where P = 2 d_in n + n + d_in and b is a process' share of a batch: model
-(parameters x itemsize); one block's forward, about (4 d + 3 f + 2 T H) x 4,096 tokens x itemsize; the buffer of
+(parameters x itemsize); one block's forward, about (4 d + 4 f + 3 T H) x 4,096 tokens x itemsize; the buffer of
 activations, buffer_size x d_in x itemsize; for each SAE weights and gradients, 4 P each, and Adam's two moments, 8 P;
 and the step itself, at most 1.5 x b x n x 4, one SAE at a time.
 
@@ -347,7 +347,7 @@ def plan(
     layer, parts, d_in = _place(site, shape)
 
     sae, share, itemsize = 2 * d_in * d_sae + d_sae + d_in, batch_size // processes, ITEMSIZE[model_dtype]
-    working = 4 * shape.d_model + 3 * shape.d_ff + 2 * context * shape.heads
+    working = 4 * shape.d_model + 4 * shape.d_ff + 3 * context * shape.heads
     return Plan(
         model=str(model), site=site, d_in=d_in, **counts,
         parameters={"model": shape.parameters, "each SAE": sae},

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
 from tiny_models import tiny_gemma2, tiny_gpt2
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -144,6 +147,36 @@ def test_disk_of_checkpoints_is_that_of_their_files(tmp_path):
     promised = plan(tiny_gpt2(), d_sae=3000, k=4, site=stream.site, **options).disk["three checkpoints"] / 3
     generators_and_names = 3 * 5056 + 6000
     assert promised - 80 * 12 * 4 < file.stat().st_size < promised + generators_and_names
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made in this context held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in given:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("folder", [tiny_gpt2, tiny_gemma2])
+def test_memory_of_a_forward_is_right_within_a_factor_of_two(folder, monkeypatch):
+    model = sae_lib.load_model(folder(), device="cpu")
+    tokens = model.tokenize(["the cat sings under a red sun and the dog sleeps over the old"] * 64)
+    assert "blocks.1.hook_resid_post" in model.sites()  # the model has run once, to measure its widths
+    monkeypatch.setattr("sae_lib.plan.FORWARD_TOKENS", tokens.ids.numel())
+    with Peak() as peak:
+        model.activations(tokens, "blocks.1.hook_resid_post")
+    promised = plan(folder(), d_sae=100, k=4, context=tokens.ids.shape[1]).memory["one block's forward, about"]
+    assert promised / 2 < peak.peak < promised * 2
 
 
 def test_hours_worked_by_hand():
