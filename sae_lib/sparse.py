@@ -126,7 +126,7 @@ class DenseCode(Code):
         return self.z
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
-        return self.z @ W_dec
+        return Product.apply(self.z, W_dec)
 
     def map(self, function: Callable[..., Tensor], *of_latents: Float[Tensor, " d_sae"]) -> Code:
         return DenseCode(function(self.z, *of_latents))
@@ -235,8 +235,24 @@ class Decode(torch.autograd.Function):
         return d_W_dec, d_values, None
 
 
+class Product(torch.autograd.Function):
+    """``z W_dec`` of a dense code."""
+
+    @staticmethod
+    def forward(ctx, z, W_dec):
+        ctx.save_for_backward(z, W_dec)
+        return z @ W_dec
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        z, W_dec = ctx.saved_tensors
+        d_z = linear(grad, W_dec) if ctx.needs_input_grad[0] else None
+        return d_z, z.T @ grad if ctx.needs_input_grad[1] else None
+
+
 def linear(
-    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"] | None = None
 ) -> Float[Tensor, "batch d_sae"]:
     """``x directions^T + bias``, without gradient.
 
