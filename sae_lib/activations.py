@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sae_lib.cache import cache
 from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch
+from sae_lib.distributed import divided
 from sae_lib.models import LanguageModel, SiteReached, Tokens, empty_text, nearest
 
 TEXTS_AT_ONCE = 64
@@ -268,7 +269,7 @@ class _Iteration:
             self.generator.set_state(state["generator"])
             stored = [state[name].to(stream.device) for name in ("x", "grad") if name in state]
             self._write(stored, self.slots[: self.filled])
-        self.sequences = islice(stream.sequences(), self.forwards, None)
+        self.read = divided(islice(stream.sequences(), self.forwards, None), stream.read)
 
     def __iter__(self) -> _Iteration:
         return self
@@ -289,11 +290,11 @@ class _Iteration:
         size = len(self.slots)
         while self.filled < size:
             if self.rows is None:
-                sequence = next(self.sequences, None)
-                if sequence is None:
+                read = next(self.read, None)
+                if read is None:
                     self.exhausted = 1
                     break
-                self.rows = [rows for rows in self.stream.read(sequence) if rows is not None]
+                self.rows = [rows for rows in read if rows is not None]
                 self._check_finite()
             count = min(size - self.filled, len(self.rows[0]) - self.offset)
             part = [rows[self.offset : self.offset + count] for rows in self.rows]

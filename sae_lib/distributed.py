@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -163,6 +164,23 @@ def gathered(rows: Tensor) -> list[Tensor]:
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
+def divided(
+    items: Iterator[Any], work: Callable[[Any], tuple[Tensor | None, ...]]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """``work(item)`` of one item after the other. Several processes work on one each, and give what they make to all.
+
+    Args:
+        work: returns tensors of any number of rows, or None in the place of one, for all items alike.
+    """
+    while together := list(islice(items, processes())):
+        made = work(together[min(rank(), len(together) - 1)])
+        if len(together) == 1:
+            yield made
+        else:
+            parts = [repeat(None) if rows is None else gathered(rows) for rows in made]
+            yield from islice(zip(*parts, strict=False), len(together))
+
+
 # Agreement ------------------------------------------------------------------------------------------------------------
 
 
@@ -185,5 +203,6 @@ def agree(tensors: Iterable[Tensor]) -> bool:
     """Whether the processes hold the same bits; told by a sum over them."""
     if processes() == 1:
         return True
-    bits = sum(int(tensor.detach().contiguous().flatten().view(torch.uint8).sum()) for tensor in tensors)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = sum(int(tensor.detach().view(words[tensor.itemsize]).sum()) for tensor in tensors) % 2**62
     return greatest(bits) == -greatest(-bits)

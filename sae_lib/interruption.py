@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from sae_lib.distributed import rank
+
 
 class Interruption:
     """As a context: the first signal is kept in `signal`, the next one acts as it would have without.
@@ -40,5 +42,6 @@ class Interruption:
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt(message)
         if self.signal == signal.SIGTERM:
-            tqdm.write(message, file=sys.stderr)
+            if not rank():
+                tqdm.write(message, file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sae_lib.checkpoint import Checkpoints
 from sae_lib.data import Batch
-from sae_lib.distributed import add_gradients, mine, per_token, total
+from sae_lib.distributed import add_gradients, agree, first_alone, mine, per_token, rank, total
 from sae_lib.sae import SAE, Loss, as_batch, spread, whole
 
 SCALE_BATCHES = 4
@@ -134,6 +134,7 @@ def train(
         optimisers.append(adam(sae, run.steps))
     if saved is not None:
         saved.restore(saes, optimisers)
+    check_agreement(run)
 
     waiting: list[dict[str, Any]] = []
     read = run.next_step + len(first)  # before that step, the stream is ahead of the training
@@ -156,11 +157,11 @@ def train(
                 if due or (step + 1) % REPORT_EVERY == 0:
                     report(run, waiting, began, bar, watch)
                 if due:
-                    checkpoints.write(run.counters(), optimisers)
+                    write(checkpoints, run, optimisers)
                     checkpoints.stop()
             report(run, waiting, began, bar, watch)
             if checkpoints is not None and not (saved and saved.finished):
-                checkpoints.write(run.counters(), optimisers, finished=True)
+                write(checkpoints, run, optimisers, finished=True)
                 checkpoints.stop()
     finally:  # also when the run is interrupted: what was trained can be used, in the units of x
         for sae in saes:
@@ -168,7 +169,7 @@ def train(
             sae.eval()
             if fingerprint := getattr(stream, "fingerprint", None):
                 sae.trained_on = sorted({*sae.trained_on, fingerprint})
-    if run.tokens < tokens:
+    if run.tokens < tokens and not rank():
         tqdm.write(f"the stream ended: trained on {run.tokens:,} of {tokens:,} tokens", file=sys.stderr)
     return run
 
@@ -329,8 +330,25 @@ def report(run: Run, waiting: list[dict], began: float, bar: tqdm, watch: Callab
         last = run.history[-1]
         bar.set_postfix(loss=f"{last['loss']:.3f}", fvu=f"{last['fvu']:.3f}", l0=f"{last['l0']:.1f}")
     waiting.clear()
-    if watch is not None:
+    if watch is not None and not rank():
         watch(run.history)
+
+
+def write(checkpoints: Checkpoints, run: Run, optimisers: Sequence[Adam], finished: bool = False) -> None:
+    """A checkpoint of what all processes hold, written by the first of them."""
+    check_agreement(run)
+    first_alone(checkpoints.write, run.counters(), optimisers, finished)
+    checkpoints.tokens = run.tokens
+
+
+def check_agreement(run: Run) -> None:
+    """Several processes make the same steps only if they have the same weights and see the same data."""
+    weights = (weight for sae in run.saes for weight in sae.state_dict().values())
+    if not agree([torch.tensor(run.scale), *weights]):
+        raise ValueError(
+            f"all processes must train the same SAEs on the same stream, got other weights or data than theirs after "
+            f"{run.tokens:,} tokens; give all the same arguments and seeds"
+        )
 
 
 def progress_bar(total: int, done: int) -> tqdm:
@@ -344,4 +362,5 @@ def progress_bar(total: int, done: int) -> tqdm:
         unit_scale=True,
         mininterval=0.2 if terminal or notebook else 10,
         leave=not notebook,
+        disable=rank() > 0,
     )
