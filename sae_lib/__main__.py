@@ -16,6 +16,7 @@ except ImportError:
     raise SystemExit('the command line needs the extra "lm": pip install "sae-put-to-the-test[lm]"') from None
 
 import sae_lib
+from sae_lib.distributed import launched, rank
 from sae_lib.pocket.provenance import write_bytes
 
 ASSETS = Path(__file__).parent / "assets"
@@ -46,6 +47,7 @@ def usage(variant: str) -> str:
     context_settings={"ignore_unknown_options": True},
     epilog="\n\n".join(["Variants, and their options with their defaults:", *map(usage, sae_lib.VARIANTS)]),
 )
+@launched()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the SAEs, their history and the checkpoints.")],
     variant: Annotated[str | None, typer.Option(help="Of one SAE; its options are listed below.")] = None,
@@ -71,6 +73,8 @@ def train(
     python -m sae_lib train --variant topk --d-sae 1024 --k 16 --out runs/topk
 
     python -m sae_lib train --sae "topk d_sae=1024 k=16" --sae "relu d_sae=1024 l1_coeff=0.05" --out runs/both
+
+    torchrun --nproc-per-node 2 -m sae_lib train --variant topk --d-sae 1024 --k 16 --out runs/topk
     """
     try:
         given = [*(sae or []), *([shlex.join([variant, *options(settings or [])])] if variant else [])]
@@ -88,6 +92,8 @@ def train(
         run = sae_lib.train(
             saes, stream, tokens, seed, checkpoint=out / "checkpoint", checkpoint_every=checkpoint_every
         )
+        if rank():
+            return
         rows = "".join(json.dumps(row) + "\n" for row in run.history)
         write_bytes(out / "history.jsonl", rows.encode())
         for place, trained in enumerate(run.saes):

@@ -48,7 +48,7 @@ def rank() -> int:
 @contextmanager
 def launched() -> Iterator[None]:
     """A context that joins the processes that torchrun started; without torchrun, nothing happens."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
