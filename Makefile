@@ -21,7 +21,7 @@ stress: $(INSTALLED)  ## what make test does a few times, many times: a training
 	SAE_LIB_STRESS=1 $(BIN)/pytest --quiet --capture=no -k "many_damaged or again_and_again" tests/test_checkpoint.py
 
 bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
-	$(BIN)/python tests/peers/bench.py $(BENCHFLAGS)
+	PYTHONPATH=tests $(BIN)/python -m peers.bench $(BENCHFLAGS)
 
 clean:  ## forget what was built; the installed packages stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

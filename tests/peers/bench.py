@@ -11,11 +11,8 @@ is the result. All train on the same activations: sums of features of a planted 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
-import re
 import select
 import statistics
 import subprocess
@@ -30,11 +27,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from peers.rows import BATCH, KEY, ROOT, K, megabytes, provenance, ratios, read, spread, targets, write
+
 PEERS = ROOT / "_build/peers"
 RESULTS = ROOT / "book/results/speed.cpu.json"
 THREADS = 2
-BATCH, K = 4096, 32
 BATCHES = 4
 """Different batches, trained on in turn."""
 SIZES = {(256, 4096): 9, (768, 12288): 4}
@@ -42,9 +39,14 @@ SIZES = {(256, 4096): 9, (768, 12288): 4}
 WARM_UP = 1
 PATIENCE = 300
 """Seconds until a worker that says nothing is given up."""
-KEY = ("work", "library", "variant", "d_in", "d_sae", "k", "batch", "threads")
-"""What tells rows apart: a new measurement replaces the row with the same."""
-
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": str(THREADS),
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits takes no time
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 ENVIRONMENTS = {
     "sae_lib": (sys.executable, "ours"),
     "SAELens": (PEERS / "sae-lens/bin/python", "sae_lens"),
@@ -163,16 +165,10 @@ class Worker:
         self.job, self.measured = job, Measured()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         work = json.dumps({name: getattr(job, name) for name in ("variant", "d_in", "d_sae", "k", "batch")})
-        offline = {
-            "HF_HUB_OFFLINE": "1",
-            "WANDB_MODE": "disabled",
-            "TQDM_DISABLE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
         self.process = subprocess.Popen(
             [python, "-m", "peers.worker", job.module or module, work, activations],
             cwd=ROOT / "tests",
-            env=os.environ | offline | {"OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "PASSIVE"},
+            env=os.environ | SURROUNDINGS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -257,18 +253,24 @@ def measure(work: Work, activations: dict[int, Path], bar: tqdm) -> tuple[list[d
     return rows, failures
 
 
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest of the rounds."""
-    named = {"": statistics.median(values), "_min": min(values), "_max": max(values)}
-    return {name + suffix: float(f"{value:.4g}") for suffix, value in named.items()}
-
-
-def ratios(values: Sequence[float], units: Sequence[float]) -> list[float]:
-    return [value / unit for value, unit in zip(values, units, strict=True)]
-
-
-def megabytes(count: int) -> float:
-    return round(count / 1e6, 1)
+def cache_rows(gigabytes: float, rounds: int) -> list[dict]:
+    """What `cache_speed` measures, as rows; raises subprocess.CalledProcessError if it fails."""
+    command = [sys.executable, Path(__file__).with_name("cache_speed.py"), "--gigabytes", str(gigabytes)]
+    began = time.perf_counter()
+    ran = subprocess.run(
+        [*command, "--rounds", str(rounds)], cwd=ROOT, env=os.environ | SURROUNDINGS, stdout=subprocess.PIPE, check=True
+    )
+    rows = []
+    for found in json.loads(ran.stdout):
+        variant = [str(found[name]) for name in ("dtype", "beside", "clock") if name in found]
+        row = dict.fromkeys(KEY) | {"library": "sae_lib", "variant": ", ".join(variant) or "read beside a step"}
+        for name, value in found.items():
+            if isinstance(value, dict):  # a median and its quarter points
+                row |= {name: value["median"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            else:
+                row[name] = value
+        rows.append(row | {"seconds": round(time.perf_counter() - began, 1)})
+    return rows
 
 
 def activations(d_in: int, tokens: int) -> Path:
@@ -286,48 +288,6 @@ def activations(d_in: int, tokens: int) -> Path:
     return path
 
 
-def provenance() -> dict[str, object]:
-    """What a row must say about where it comes from."""
-
-    def git(*arguments: str) -> str:
-        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return ran.stdout.strip()
-
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "sae_lib").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "sae_lib", "tests/peers")),
-        "sae_lib_sha256": digest.hexdigest(),
-        "device": processor(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def processor() -> str:
-    """The processor in words: its name, its cores, and which fast 16-bit arithmetic it has."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*: (.+)", text)
-    flags = set(re.search(r"flags\s*: (.+)", text)[1].split()) if "flags" in text else set()
-    fast = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {' '.join(fast) or 'no fast bf16'}"
-
-
-def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Put rows into the file, each in the place of the one with its key; the file is whole at every moment."""
-    known = {tuple(row[name] for name in KEY): row for row in [*read(path), *rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}")
-    new.write_text("[\n" + ",\n".join(json.dumps(row) for row in known.values()) + "\n]\n")
-    os.replace(new, path)
-
-
 def done(work: Work, rows: list[dict], now: dict[str, object]) -> bool:
     """Whether all of a work's rows are there already, measured on this machine with this very library."""
     same = [row for row in rows if all(row[name] == now[name] for name in ("sae_lib_sha256", "device"))]
@@ -343,7 +303,9 @@ def size(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--libraries", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), metavar="NAME")
-    parser.add_argument("--works", nargs="+", choices=[*VARIANTS, "scaling", "density", "pocket"], metavar="NAME")
+    parser.add_argument(
+        "--works", nargs="+", choices=[*VARIANTS, "scaling", "density", "pocket", "cache"], metavar="NAME"
+    )
     parser.add_argument("--sizes", nargs="+", type=size, default=list(SIZES), metavar="D_INxD_SAE")
     parser.add_argument(
         "--rounds", type=int, help="how often each is measured; by default more often where it is quick"
@@ -368,6 +330,18 @@ def main() -> None:
             rows, failed = measure(work, files, bar)
             write(output, [row | origin for row in rows])
             failures += failed
+    if "sae_lib" in chosen.libraries and (chosen.works is None or "cache" in chosen.works):
+        here = [row for row in read(output) if row["work"] == "cache beside a step"]
+        if not (chosen.resume and here and here[0]["sae_lib_sha256"] == origin["sae_lib_sha256"]):
+            gigabytes, rounds = (0.01, 2) if chosen.smoke else (0.5, chosen.rounds or 5)
+            try:
+                write(output, [row | origin for row in cache_rows(gigabytes, rounds)])
+            except subprocess.CalledProcessError as failure:
+                failures.append(f"cache: {failure}")
+    asked = targets(read(output))
+    write(output, [row | origin for row in asked])
+    for row in asked:
+        print("{d_in:5} {variant:56} {measured:6.2f} {bound} {target}: {verdict}".format(**row))
     print(f"{output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}: {len(read(output))} rows")
     if failures:
         sys.exit("\n\n".join([f"{len(failures)} were not measured:", *failures]))

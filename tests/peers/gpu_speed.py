@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sae_lib
-from peers.bench import KEY, ROOT, megabytes, provenance, ratios, spread, write
+from peers.rows import KEY, ROOT, megabytes, provenance, ratios, spread, write
 from sae_lib.data import Batch
 from sae_lib.train import adam, one_step
 

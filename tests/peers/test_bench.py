@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from peers import bench, ours, worker
+from peers.rows import KEY, ROOT, read, targets, write
 from peers.worker import Meter, Work, kth_largest, weights
 
 X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) / 4
@@ -30,7 +31,7 @@ def activations(tmp_path):
 def test_a_worker_answers_line_by_line_and_ends_with_its_input(activations):
     command = [sys.executable, "-m", "peers.worker", "ours", json.dumps(vars(TINY)), str(activations)]
     commands = "step 2\nreport\nstep 1\n"
-    ran = subprocess.run(command, cwd=bench.ROOT / "tests", input=commands, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, cwd=ROOT / "tests", input=commands, capture_output=True, text=True, check=True)
     ready, two, report, one = (json.loads(line) for line in ran.stdout.splitlines())
     assert ready["torch"] == torch.__version__
     assert [len(two["cpu"]), len(two["wall"]), len(one["cpu"])] == [2, 2, 1]
@@ -72,14 +73,16 @@ def test_threshold_leaves_k_scores_a_row_on_average():
     assert (scores > 3.0).sum() == 2
 
 
-def test_weights_are_counted_with_gradients_and_moments():
-    before = weights()
-    parameter = torch.nn.Parameter(torch.zeros(10))
-    assert weights() - before == 2 * 40
-    optimiser = torch.optim.Adam([parameter])
-    parameter.grad = torch.ones(10)
-    optimiser.step()
-    assert weights() - before == 4 * 40 + 4  # and one counter
+def test_weights_are_counted_with_gradients_and_moments(monkeypatch):
+    things = [torch.ones(99), "text"]
+    monkeypatch.setattr(worker, "gc", SimpleNamespace(get_objects=lambda: things))
+    assert weights() == 0
+    things.append(torch.nn.Parameter(torch.zeros(10)))
+    assert weights() == 2 * 40
+    things.append(torch.optim.Adam([things[-1]]))
+    things[2].grad = torch.ones(10)
+    things[3].step()
+    assert weights() == 4 * 40 + 4  # and one counter
 
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk", "jumprelu", "relu", "gated"])
@@ -124,7 +127,7 @@ def test_rows_hold_ratios_within_rounds_and_say_where_they_come_from(tmp_path, m
     monkeypatch.setattr(bench, "PEERS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench.py", *options])
     bench.main()
-    unit, alive, dead = bench.read(output)
+    unit, alive, dead = read(output)
     assert [row["variant"] for row in (unit, alive, dead)] == [bench.UNIT, "topk", "topk, 10% dead"]
     assert unit["gemm_ratio"] == 1
     for row in (alive, dead):
@@ -143,11 +146,41 @@ def test_rows_hold_ratios_within_rounds_and_say_where_they_come_from(tmp_path, m
 
 
 def test_new_rows_replace_those_of_the_same_key(tmp_path):
-    key = dict.fromkeys(bench.KEY, "a")
-    bench.write(tmp_path / "rows.json", [key | {"cpu_ms": 1.0}, key | {"k": 32, "cpu_ms": 2.0}])
-    bench.write(tmp_path / "rows.json", [key | {"cpu_ms": 3.0}])
-    assert [row["cpu_ms"] for row in bench.read(tmp_path / "rows.json")] == [3.0, 2.0]
+    key = dict.fromkeys(KEY, "a")
+    write(tmp_path / "rows.json", [key | {"cpu_ms": 1.0}, key | {"k": 32, "cpu_ms": 2.0}])
+    write(tmp_path / "rows.json", [key | {"cpu_ms": 3.0}])
+    assert [row["cpu_ms"] for row in read(tmp_path / "rows.json")] == [3.0, 2.0]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_verdicts_follow_from_the_rows():
+    size = {"d_in": 256, "d_sae": 4096, "k": 32, "batch": 4096, "threads": 2, "scores_mb": 67.1}
+    ratios = {
+        ("topk", "sae_lib", "topk"): 1.5,
+        ("topk", "sae_lib", "topk, no bf16"): 2.5,
+        ("topk", "SAELens", "topk"): 12.0,
+        ("topk", "SAELens", "topk_sparse"): 6.0,
+        ("topk", "sparsify", "topk"): 3.0,
+        ("topk", "sparsify", "groupmax"): 0.1,  # selects otherwise, and does not count
+        ("dead", "sae_lib", "topk"): 1.5,
+        ("dead", "sae_lib", "topk, 10% dead"): 1.8,
+    }
+    found = [
+        {"work": work, "library": library, "variant": variant, "gemm_ratio": ratio, "peak_above_mb": 134.2} | size
+        for (work, library, variant), ratio in ratios.items()
+    ]
+    parts = {"train": 31.0, "forward": 10.0, "steps": 20.0}
+    found += [size | {"work": "pocket", "library": "sae_lib", "variant": n, "cpu_ms": ms} for n, ms in parts.items()]
+    asked = {row["variant"]: (row["measured"], row["bound"], row["target"], row["verdict"]) for row in targets(found)}
+    assert asked == {
+        "topk: the fastest peer's time / ours": (2.0, "at least", 2.3, "missed"),
+        "topk: SAELens's time / ours": (8.0, "at least", 7, "met"),
+        "topk: our time / the scores' product": (1.5, "at most", 1.6, "met"),
+        "topk, no bf16: our time / the scores' product": (2.5, "at most", 2.0, "missed"),
+        "AuxK, 10% dead / none dead": (1.2, "at most", 1.4, "met"),
+        "topk: memory of a step / the scores'": (2.0, "at most", 1.5, "missed"),
+        "8 SAEs on one stream: (total - forward) / their steps": (1.05, "at most", 1.05, "met"),
+    }
 
 
 def test_a_worker_that_fails_is_left_out_and_named(activations):
