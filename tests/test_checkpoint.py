@@ -173,6 +173,7 @@ def test_a_finished_run_returns_what_it_made_without_reading_the_stream(unbroken
         for a, b in zip(sae.state_dict().values(), other.state_dict().values(), strict=True)
     )
     assert (newest(folder) / RUN).stat().st_mtime_ns == before
+    assert not any(name.startswith("stream.") for name in load_file(newest(folder) / STATE))  # it may be large
 
 
 def test_what_was_stopped_goes_on_with_the_very_objects_that_were_trained(tmp_path, send):
