@@ -31,7 +31,7 @@ from torch import Tensor
 from sae_lib.distributed import count, greatest, largest, least
 from sae_lib.sparse import Code, Scores, first_of_each, linear, products
 
-DENSITY = 1 / 24
+DENSITY = 1 / 16
 """Share of living pairs from which dense products are faster (measured: chapter `speed`)."""
 CHUNK = 2**22
 """Scores that are held at once; at least those of 256 rows."""
