@@ -17,8 +17,8 @@ test: $(INSTALLED)  ## ruff, the unit tests, the doctests, and every chapter at 
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n logical --dist worksteal --nbmake --nbmake-timeout=300 sae_lib tests book
 
-stress: $(INSTALLED)  ## what make test does a few times, many times: a training run killed at random moments, damaged checkpoints
-	SAE_LIB_STRESS=1 $(BIN)/pytest --quiet --capture=no -k "many_damaged or again_and_again" tests/test_checkpoint.py
+stress: $(INSTALLED)  ## what make test does a few times, many times: a training run killed at random moments, damaged checkpoints, variants in two processes
+	SAE_LIB_STRESS=1 $(BIN)/pytest --quiet --capture=no -k "many_damaged or again_and_again or test_distributed" tests/test_checkpoint.py tests/test_distributed.py
 
 bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
 	PYTHONPATH=tests $(BIN)/python -m peers.bench $(BENCHFLAGS)
