@@ -188,6 +188,32 @@ def estimates(
     return ax
 
 
+def bars(
+    values: Mapping[str, ArrayLike], groups: Sequence[str], ax: Axes | None = None, x_label: str = "value"
+) -> Axes:
+    """A bar a label, from zero to the first of its three numbers, and a line from the second to the third: its range.
+
+    Args:
+        values: label -> (middle, least, largest), from the top down.
+        groups: what each label belongs to, in the same order; bars of one group have one colour.
+        ax: where to draw; None makes a figure.
+        x_label: with its unit.
+
+    Raises:
+        ValueError: if there is no label, or not a group for each.
+    """
+    if not values or len(groups) != len(values):
+        raise ValueError(f"groups must name one group for each of at least one label, got {len(groups)}, {len(values)}")
+    ax = ax if ax is not None else plt.subplots(figsize=(6.4, 0.9 + 0.24 * len(values)))[1]
+    looks = styles(list(dict.fromkeys(groups)))
+    middle, least, largest = np.array(list(values.values()), dtype=float).T
+    ends, line = [middle - least, largest - middle], {"ecolor": INK, "error_kw": {"elinewidth": 1}}
+    ax.barh(range(len(values)), middle, xerr=ends, color=[looks[group]["color"] for group in groups], **line)
+    ax.set(xlabel=x_label, yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
 def heat_map(
     matrix: ArrayLike,
     ax: Axes | None = None,

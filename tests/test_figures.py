@@ -100,6 +100,27 @@ def test_estimates_show_every_seed_the_mean_and_the_control():
     assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first label stands on top"
 
 
+def test_bars_show_the_middle_the_range_and_the_group():
+    ax = figures.bars(
+        {"ours": [1.5, 1.0, 2.5], "theirs": [4.0, 3.5, 4.25], "mine": [2, 2, 2]}, ["a", "b", "a"], x_label="ms"
+    )
+    assert [bar.get_width() for bar in ax.patches] == [1.5, 4.0, 2.0]
+    (whiskers,) = ax.containers[0].errorbar.lines[2]
+    ends = [[point[0] for point in segment] for segment in whiskers.get_segments()]
+    assert ends == [[1.0, 2.5], [3.5, 4.25], [2.0, 2.0]]
+    first, second, third = (bar.get_facecolor() for bar in ax.patches)
+    assert first == third != second
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ours", "theirs", "mine"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first label stands on top"
+    assert ax.get_xlabel() == "ms"
+
+
+@pytest.mark.parametrize(("values", "groups"), [({}, []), ({"a": [1, 1, 1]}, [])])
+def test_bars_want_a_group_for_each_label(values, groups):
+    with pytest.raises(ValueError, match="groups must name one group for each of at least one label"):
+        figures.bars(values, groups)
+
+
 def test_heat_map_shows_the_matrix_and_centres_cosines_at_zero():
     matrix = np.array([[1.0, -0.5], [0.25, 0.0]])
     ax = figures.heat_map(matrix)
