@@ -31,7 +31,7 @@ from sae_lib.shards import check_hash, dtype_of, fault, mapped, progress, read_m
 
 TOUCHED_BYTES = 2**20
 """Rows whose first words are touched together: what a second-level cache holds."""
-READERS, AHEAD = 2, 3
+READERS, AHEAD = 2, 2
 """Threads that gather batches, and batches that are gathered ahead of the one that is asked for."""
 
 
@@ -146,23 +146,31 @@ class CachedActivations:
 
     def _gather_rows(self, numbers: np.ndarray, free: list[np.ndarray]) -> Float[Tensor, "batch d_in"]:
         """A copy of these rows, in memory out of `free`, which gets it back when nobody holds the tensor any more."""
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = torch.empty(self.batch_size, self.d_in).numpy()
+        memory = self._memory(free)
         lent = memory[: len(numbers)]
         weakref.finalize(lent, free.append, memory).atexit = False  # the tensor, and every view of it, holds `lent`
-        wide, first_words = torch.from_numpy(lent), self._rows.reshape(-1)
+        rows, first_words = torch.from_numpy(lent), self._rows.reshape(-1)
         count = max(1, TOUCHED_BYTES // self._rows[0].nbytes)
-        narrow = wide if self.dtype == torch.float32 else torch.empty(wide.shape, dtype=self.dtype)
-        bits = narrow.view(torch.int32 if self.dtype == torch.float32 else torch.int16).numpy()
+        scratch = None if self.dtype == torch.float32 else self._memory(free)
         for start in range(0, len(numbers), count):
-            part = slice(start, start + count)
-            np.take(first_words, numbers[part] * self.d_in, mode="clip")
-            np.take(self._rows, numbers[part], axis=0, out=bits[part], mode="clip")
-            if narrow is not wide:
-                wide[part] = narrow[part]
-        return wide
+            some = numbers[start : start + count]
+            np.take(first_words, some * self.d_in, mode="clip")
+            if scratch is None:
+                np.take(self._rows, some, axis=0, out=lent[start : start + count].view(np.int32), mode="clip")
+            else:
+                bits = scratch.view(np.int16).reshape(-1, self.d_in)[: len(some)]
+                np.take(self._rows, some, axis=0, out=bits, mode="clip")
+                rows[start : start + count] = torch.from_numpy(bits).view(self.dtype)
+        if scratch is not None:
+            free.append(scratch)
+        return rows
+
+    def _memory(self, free: list[np.ndarray]) -> np.ndarray:
+        """Room for the rows of a batch, at an address that is a multiple of 64, without which copies are slower."""
+        try:
+            return free.pop()
+        except IndexError:
+            return torch.empty(self.batch_size, self.d_in).numpy()
 
 
 class _Epoch:

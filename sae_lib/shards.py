@@ -31,7 +31,9 @@ Manifest = dict[str, Any]
 MANIFEST, FORMAT = "manifest.json", {"format": "sae_lib activations", "format_version": 1}
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HEADER_BYTES = 2**16
-"""Length of a shard's header; no processor has larger pages."""
+"""Length of a shard's header; no processor has larger pages, huge ones aside."""
+HUGE_PAGE = 2**21
+"""Where files and addresses agree modulo this, the system can map so much at once, and random reads get faster."""
 REMEDY = "copy it anew, or call stream.cache with the same folder, which writes it again"
 
 
@@ -46,8 +48,14 @@ def row_shape(manifest: Manifest) -> tuple[int, ...]:
 
 
 def rows_that_fill_pages(row_bytes: int, about: int) -> int:
-    """Rows in a shard of `about` bytes, the nearest number below that fills whole pages, but at least one that does."""
-    step = HEADER_BYTES // math.gcd(HEADER_BYTES, row_bytes)
+    """Rows in a shard of at most `about` bytes that fill whole huge pages or, if none do, whole pages of any processor.
+
+    If not even those do, which takes an odd width, the least number of rows that fills pages, and a larger shard.
+    """
+    for page in (HUGE_PAGE, HEADER_BYTES):
+        step = page // math.gcd(page, row_bytes)
+        if step * row_bytes <= about:
+            break
     return max(1, about // row_bytes // step) * step
 
 
@@ -184,8 +192,10 @@ def mapped(paths: list[Path]) -> np.ndarray:
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.concatenate([np.fromfile(path, np.uint8, offset=HEADER_BYTES) for path in paths])
     sizes = [path.stat().st_size - HEADER_BYTES for path in paths]
-    reserved = mmap.mmap(-1, sum(sizes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
-    data = np.frombuffer(reserved, np.uint8)
+    reserved = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
+    whole = np.frombuffer(reserved, np.uint8)
+    begin = (HEADER_BYTES - whole.ctypes.data) % HUGE_PAGE
+    data = whole[begin : begin + sum(sizes)]
     map_file = ctypes.CDLL(None, use_errno=True).mmap
     map_file.restype = ctypes.c_void_p
     map_file.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_longlong]
@@ -196,6 +206,7 @@ def mapped(paths: list[Path]) -> np.ndarray:
         if place != address:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
         address += size
+    reserved.madvise(mmap.MADV_RANDOM)  # what is not in memory is read row by row, not with its neighbours
     return data
 
 
