@@ -105,7 +105,7 @@ def test_bars_show_the_middle_the_range_and_the_group():
         {"ours": [1.5, 1.0, 2.5], "theirs": [4.0, 3.5, 4.25], "mine": [2, 2, 2]}, ["a", "b", "a"], x_label="ms"
     )
     assert [bar.get_width() for bar in ax.patches] == [1.5, 4.0, 2.0]
-    (whiskers,) = ax.containers[0].errorbar.lines[2]
+    (whiskers,) = ax.containers[1].errorbar.lines[2]
     ends = [[point[0] for point in segment] for segment in whiskers.get_segments()]
     assert ends == [[1.0, 2.5], [3.5, 4.25], [2.0, 2.0]]
     first, second, third = (bar.get_facecolor() for bar in ax.patches)

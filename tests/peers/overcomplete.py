@@ -13,7 +13,7 @@ from peers.worker import LEARNING_RATE, Encode, Train, Work, kth_largest
 
 # the package imports image models and pictures of its own, which want an older matplotlib; its SAEs need none of it
 sys.modules |= {name: MagicMock() for name in ("timm", "torchvision", "overcomplete.visualization")}
-from overcomplete.sae import SAE, BatchTopKSAE, JumpSAE, TopKSAE, heaviside, mse_l1, train_sae  # noqa: E402
+from overcomplete.sae import SAE, BatchTopKSAE, JumpSAE, TopKSAE, mse_l1, train_sae  # noqa: E402
 
 DISTRIBUTION = "overcomplete"
 
@@ -36,8 +36,9 @@ def build(work: Work, x: Tensor) -> tuple[Train, Encode]:
         return (x - x_hat).square().mean()
 
     def jumps(x, x_hat, pre_codes, codes, dictionary):
-        living = heaviside(pre_codes, sae.thresholds.exp(), sae.kernel_fn, sae.bandwidth)
-        return squares(x, x_hat, pre_codes, codes, dictionary) + 1e-3 * living.sum(-1).mean()
+        loss = squares(x, x_hat, pre_codes, codes, dictionary)
+        too_many = (codes > 0).float().mean().detach() > work.k / work.d_sae
+        return loss - sae.thresholds.sum() if too_many else loss
 
     criterion = {"jumprelu": jumps, "relu": mse_l1}.get(work.variant, squares)
     optimiser = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
