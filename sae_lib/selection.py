@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lib.distributed import count, greatest, largest, least
+from sae_lib.distributed import count, gathered, greatest, largest, least, processes, rank
 from sae_lib.sparse import Code, Scores, first_of_each, linear, products
 
 DENSITY = 1 / 16
@@ -70,14 +70,22 @@ def top_of_batch(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
 
 
 def top_of_columns(scores: Scores | Float[Tensor, "batch d_sae"], counts: Int[Tensor, " d_sae"]) -> Code:
-    """Of each latent, as many tokens as `counts` says, in [0, batch]: its largest scores that are positive."""
-    if isinstance(scores, Tensor) or counts.sum() > DENSITY * scores.shape[0] * scores.shape[1]:
+    """Of each latent, as many tokens as `counts` says, in [0, batch]: its largest scores that are positive.
+
+    The batch is that of all processes.
+    """
+    own = counts.clamp(max=scores.shape[0])  # not more are among this process's tokens
+    if isinstance(scores, Tensor) or not scores.shape[0] or own.sum() > DENSITY * scores.shape[0] * scores.shape[1]:
         s = scores if isinstance(scores, Tensor) else scores.dense()
-        values, rows = s.topk(int(counts.max()), dim=0)
-        values = values.relu() * (torch.arange(len(values), device=s.device).unsqueeze(1) < counts)
-        return Code.from_dense(torch.zeros_like(s).scatter(0, rows, values))
+        values, rows = s.topk(int(own.max()), dim=0)
+        chosen = torch.arange(len(values), device=s.device).unsqueeze(1) < own
+        chosen[chosen.clone()] = of_all_processes(values.detach()[chosen], chosen.nonzero()[:, 1], counts)
+        return Code.from_dense(torch.zeros_like(s).scatter(0, rows, values.relu() * chosen))
     x, W, b = recipe(scores)
-    cols, rows, values = best_of_rows(W, x, x.new_zeros(len(x)), counts, -b)
+    cols, rows, values = best_of_rows(W, x, x.new_zeros(len(x)), own, -b)
+    if processes() > 1:
+        chosen = of_all_processes(values + b[cols], cols, counts)
+        cols, rows, values = cols[chosen], rows[chosen], values[chosen]
     by_token = rows.sort(stable=True).indices
     rows, cols, values = rows[by_token], cols[by_token], values[by_token]
     return scores.code(rows, cols, values + b[cols])
@@ -180,6 +188,21 @@ def best_of_all(
             chosen = largest(values, wanted).sort().values
             chosen = chosen[values[chosen] > 0]
             return rows[chosen], cols[chosen], values[chosen]
+
+
+def of_all_processes(
+    values: Float[Tensor, " pairs"], cols: Int[Tensor, " pairs"], counts: Int[Tensor, " d_sae"]
+) -> Bool[Tensor, " pairs"]:
+    """Which pairs are among the largest of their latent over all processes, as many as `counts` says."""
+    if processes() == 1:
+        return torch.ones_like(cols, dtype=torch.bool)
+    parts = gathered(cols)
+    values, cols = torch.cat(gathered(values)), torch.cat(parts)
+    order = values.sort(descending=True, stable=True).indices
+    order = order[cols[order].sort(stable=True).indices]  # by latent, the largest first
+    place = torch.arange(len(cols), device=cols.device) - first_of_each(cols, len(counts))[cols[order]]
+    chosen = torch.empty_like(cols, dtype=torch.bool).index_copy_(0, order, place < counts[cols[order]])
+    return chosen.split([len(part) for part in parts])[rank()]
 
 
 @torch.no_grad()

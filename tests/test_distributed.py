@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_checkpoint import D_IN, activations
-from test_parity import NAMES, made, tokens
+from test_parity import D_SAE, NAMES, made, tokens
 
 from sae_lib import Batch, TopKSAE, train
 from sae_lib.distributed import (
@@ -33,6 +33,7 @@ from sae_lib.distributed import (
     per_token,
     rank,
 )
+from sae_lib.selection import top_of_columns
 from sae_lib.sparse import DenseCode
 from sae_lib.train import adam, measured, one_step
 
@@ -169,6 +170,24 @@ def test_a_batch_of_equal_tokens_has_exactly_k_times_as_many_living_pairs(team, 
     (first, kind), (second, other) = team(selected, dense)
     assert first + second == 31 * (100 if dense else 3)
     assert kind == other == dense
+
+
+def columns(dense, n):
+    """The pairs that this process keeps of budgets over the whole batch, as (token, latent), and the budgets."""
+    x = tokens(n, torch.float64)
+    own = mine(Batch(torch.arange(n)[:, None])).x[:, 0]
+    scores = made("topk", dtype=torch.float64).scores(x[own])
+    counts = torch.arange(D_SAE) % (20 if dense else 4)
+    code = top_of_columns(scores, counts)
+    assert isinstance(code, DenseCode) == (dense or n == 1)
+    return list(zip(own[code.rows].tolist(), code.cols.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("dense", "n"), [(False, 97), (True, 97), (False, 1)])
+def test_budgets_of_latents_are_over_the_whole_batch(team, dense, n):
+    first, second = team(columns, dense, n)
+    assert sorted(first + second) == sorted(columns(dense, n))
+    assert n == 1 or (first and second)
 
 
 def reduced_values():
