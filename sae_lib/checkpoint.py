@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from sae_lib.distributed import greatest, rank
 from sae_lib.interruption import Interruption
 from sae_lib.sae import SAE, whole
+from sae_lib.state import by_rows, differences, identity, restore, tensors_of
 
 FORMAT = {"format": "sae_lib checkpoint", "format_version": 1}
 STATE, RUN, SUMS = "state.safetensors", "run.json", "SHA256SUMS"
@@ -40,8 +41,6 @@ KEEP = 2
 """Whole checkpoints that stay."""
 EVERY, PARTS = 10_000_000, 10
 """By default a run writes a checkpoint after each tenth of its tokens, at the latest after 10 million."""
-SETTINGS = ("site", "d_in", "batch_size", "seed", "grad", "buffer_size", "forward_tokens", "context")
-"""Attributes of a stream that decide what it yields, where it has them."""
 
 
 class CheckpointError(ValueError):
@@ -72,39 +71,18 @@ class Saved(NamedTuple):
             name.removeprefix("stream."): value for name, value in self.tensors.items() if name.startswith("stream.")
         }
 
-    @torch.no_grad()
     def restore(self, saes: Sequence[SAE], optimisers: Sequence[torch.optim.Optimizer]) -> None:
         """Put weights, buffers, generators and the optimisers' state back, each in the memory layout that it had.
 
         Raises:
             CheckpointError: if names or shapes are not those of these SAEs; none of them is touched then.
         """
-        places = tensors_of(saes, optimisers)
-        for prefix, optimiser, parameter in optimised(saes, optimisers):
-            for key, stored in self.tensors.items():
-                if key.startswith(prefix):
-                    alike = stored.shape == by_rows(parameter).shape
-                    value = torch.empty_like(parameter) if alike else stored.to(parameter.device, copy=True)
-                    optimiser.state[parameter][key.removeprefix(prefix)] = value
-                    places[key] = by_rows(value)
-        stored = {name: value for name, value in self.tensors.items() if not name.startswith("stream.")}
-        if wrong := sorted(
-            name
-            for name in places.keys() | stored.keys()
-            if name not in places
-            or name not in stored
-            or places[name].shape != stored[name].shape
-            or places[name].dtype != stored[name].dtype
-        ):
-            raise CheckpointError(
-                f"{self.path / STATE} must hold the tensors of these SAEs, got other names, shapes or types for "
-                f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}; pass checkpoint= another folder"
-            )
-        for name, value in stored.items():
-            places[name].copy_(value)
-        for place, sae in enumerate(saes):
-            sae.generator.set_state(places[f"generator.{place}"])
-            sae.trained_on = list(self.run["trained_on"][place])
+        try:
+            restore({name: v for name, v in self.tensors.items() if not name.startswith("stream.")}, saes, optimisers)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / STATE}: {error}; pass checkpoint= another folder") from error
+        for sae, trained_on in zip(saes, self.run["trained_on"], strict=True):
+            sae.trained_on = list(trained_on)
         self.tensors.clear()  # they are as large as the run itself
 
 
@@ -181,20 +159,15 @@ class Checkpoints:
                 else f"no other checkpoint of {self.folder} is whole: remove {path}, and the same call starts anew"
             )
             raise CheckpointError(f"{error}; {remedy}") from error
-        there, here = flat(saved.run["identity"]), flat(self.identity)
-        differences = {
-            name: f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-            for name in [*there, *here]
-            if there.get(name) != here.get(name)
-        }
-        if saved.finished or not all(name.endswith(".learning_rate") for name in differences):
-            if differences:
-                raise CheckpointError(
-                    f"{path} must be a checkpoint of this run, but {'; '.join(differences.values())}; it was left as "
-                    "it is: pass checkpoint= another folder, or what that run had"
-                )
-        elif differences:
-            tqdm.write(f"goes on from {path} although {'; '.join(differences.values())}", file=sys.stderr)
+        differ = differences(saved.run["identity"], self.identity)
+        said = "; ".join(f"{name} is {there} there and {here} here" for name, (there, here) in differ.items())
+        if differ and (saved.finished or not all(name.endswith(".learning_rate") for name in differ)):
+            raise CheckpointError(
+                f"{path} must be a checkpoint of this run, but {said}; it was left as it is: pass checkpoint= another "
+                "folder, or what that run had"
+            )
+        if differ:
+            tqdm.write(f"goes on from {path} although {said}", file=sys.stderr)
         self.tokens = saved.counters["tokens"]
         return saved
 
@@ -246,8 +219,8 @@ class Checkpoints:
             needed = sum(value.nbytes for value in tensors.values()) / 1e6
             free = shutil.disk_usage(self.folder).free / 1e6 if self.folder.is_dir() else 0
             raise CheckpointError(
-                f"{path} must be written, but was not ({reason(error)}): it takes {needed:,.0f} MB, {free:,.0f} MB are "
-                f"free; {self.safe()}; make room, and the same call goes on from there"
+                f"{path} must be written, but was not ({reason(error)}): it takes {needed:,.1f} MB, {free:,.1f} MB are "
+                f"free; {self.safe()}; once it can be written, the same call goes on from there"
             ) from error
         finally:
             if new is not None:
@@ -274,72 +247,6 @@ class Checkpoints:
         """Stop, if a signal has asked for it: KeyboardInterrupt, or for SIGTERM exit with status 143."""
         self.asked()
         self.interruption.act(f"stopped as asked; {self.safe()}; the same call goes on from there")
-
-
-def identity(saes: Sequence[SAE], stream: Any, tokens: int) -> dict[str, Any]:
-    """What makes a run this run and no other, as JSON values: with all of it equal, the final weights are equal."""
-    found = {
-        "saes": [
-            {
-                "variant": sae.name,
-                "config": sae.config(),
-                "learning_rate": sae.learning_rate,
-                "betas": sae.betas,
-                "clip": sae.clip,
-                "frozen": [name for name, parameter in sae.named_parameters() if not parameter.requires_grad],
-            }
-            for sae in saes
-        ],
-        "tokens": tokens,
-        "stream": {
-            "type": type(stream).__name__,
-            "model": str(getattr(getattr(stream, "model", None), "name", None)),
-            "fingerprint": stream.fingerprint,
-            **{name: getattr(stream, name) for name in SETTINGS if hasattr(stream, name)},
-        },
-        "versions": {"torch": torch.__version__.split("+")[0]},
-    }
-    return json.loads(json.dumps(found))
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dicts and lists of dicts as one dict, the keys joined by dots."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        key: item
-        for part, inner in value.items()
-        for key, item in flat(inner, f"{name}.{part}" if name else str(part)).items()
-    }
-
-
-def tensors_of(saes: Sequence[SAE], optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every tensor that training changes, by name; views, no copies."""
-    found = {}
-    for place, sae in enumerate(saes):
-        found |= {f"sae.{place}.{name}": value for name, value in sae.state_dict().items()}
-        found[f"generator.{place}"] = sae.generator.get_state()
-    for prefix, optimiser, parameter in optimised(saes, optimisers):
-        found |= {prefix + key: value for key, value in optimiser.state.get(parameter, {}).items()}
-    return {name: by_rows(value.detach()) for name, value in found.items()}
-
-
-def optimised(
-    saes: Sequence[SAE], optimisers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, torch.optim.Optimizer, Tensor]]:
-    """Of each parameter that is trained, the beginning of its names, its optimiser, and what that takes it for."""
-    for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
-        names = [name for name, parameter in sae.named_parameters() if parameter.requires_grad]
-        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        for name, parameter in zip(names, parameters, strict=True):
-            yield f"optimiser.{place}.{name}.", optimiser, parameter
-
-
-def by_rows(value: Tensor) -> Tensor:
-    """A view of a matrix that is stored column by column, like ``W_enc``, as its transpose: so it costs no copy."""
-    return value.T if value.ndim == 2 and not value.is_contiguous() else value
 
 
 def read(path: Path) -> Saved:

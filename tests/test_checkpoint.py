@@ -385,7 +385,7 @@ def test_tensors_that_are_not_those_of_the_saes_are_refused_before_one_is_touche
     sae = topk(d_sae=24)
     rewrite(newest(stopped), lambda run: run["identity"]["saes"][0].update(config=sae.config()))
     before = [value.clone() for value in sae.parameters()]
-    with pytest.raises(CheckpointError, match=r"must hold the tensors of these SAEs, got other .* sae\.0\.W_dec"):
+    with pytest.raises(CheckpointError, match=r"tensors must be those of these SAEs, got other .* sae\.0\.W_dec"):
         go(stopped, sae)
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), before, strict=True))
 
@@ -452,7 +452,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_once_there_i
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     cause = "No space left on device" if full == "in the middle of a file" else "File too large"
-    for part in (f"full/{3 * EVERY:015d}", cause, f"after {2 * EVERY} tokens", "make room, and the same call goes on"):
+    for part in (
+        f"full/{3 * EVERY:015d}",
+        cause,
+        f"after {2 * EVERY} tokens",
+        "once it can be written, the same call goes on",
+    ):
         assert part in str(error.value)
     assert names(tmp_path / "full") == [f"{EVERY:015d}", f"{2 * EVERY:015d}"]
     monkeypatch.undo()

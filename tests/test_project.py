@@ -47,6 +47,7 @@ ORDER = [
     "superposition",
     "neuron_embeddings",
     "interruption",
+    "state",
     "checkpoint",
     "train",
     "metrics",
