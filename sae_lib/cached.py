@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class CachedActivations:
         self.fingerprint: str = self.manifest["source"]["fingerprint"]
         bits = np.int32 if self.dtype == torch.float32 else np.int16
         self._rows = mapped([self.folder / shard["file"] for shard in shards]).view(bits).reshape(-1, self.d_in)
+        self._free: list[np.ndarray] = []  # memory of batches that are gone
         self._verified = False
         self._iteration: weakref.ref[_Epoch] | None = None
         self._resume: dict[str, Tensor] | None = None
@@ -137,24 +139,26 @@ class CachedActivations:
             raise ValueError(f"state must be that of the cache in {self.folder}, got another stream's: open that one")
         self._resume = dict(state)
 
-    def _gather(self, numbers: np.ndarray, free: list[np.ndarray]) -> Batch:
+    def _gather(self, numbers: np.ndarray) -> Batch:
         """The batch of these rows; with gradients, each activation is followed by its gradient."""
         if not self.grad:
-            return Batch(self._gather_rows(numbers, free))
-        gradients = self._gather_rows(2 * numbers + 1, free).div_(self.manifest["grad_scale"])
-        return Batch(self._gather_rows(2 * numbers, free), gradients)
+            return Batch(self._gather_rows(numbers))
+        gradients = self._gather_rows(2 * numbers + 1).div_(self.manifest["grad_scale"])
+        return Batch(self._gather_rows(2 * numbers), gradients)
 
-    def _gather_rows(self, numbers: np.ndarray, free: list[np.ndarray]) -> Float[Tensor, "batch d_in"]:
-        """A copy of these rows, in memory out of `free`, which gets it back when nobody holds the tensor any more."""
-        memory = self._memory(free)
+    def _gather_rows(self, numbers: np.ndarray) -> Float[Tensor, "batch d_in"]:
+        """A copy of these rows, in memory that is free again when nobody holds the tensor any more."""
+        memory = self._memory(len(numbers))
         lent = memory[: len(numbers)]
-        weakref.finalize(lent, free.append, memory).atexit = False  # the tensor, and every view of it, holds `lent`
-        rows, first_words = torch.from_numpy(lent), self._rows.reshape(-1)
+        weakref.finalize(
+            lent, self._free.append, memory
+        ).atexit = False  # the tensor, and every view of it, holds `lent`
+        rows, words, first_words = torch.from_numpy(lent), self._rows.reshape(-1), numbers * self.d_in
         count = max(1, TOUCHED_BYTES // self._rows[0].nbytes)
-        scratch = None if self.dtype == torch.float32 else self._memory(free)
+        scratch = None if self.dtype == torch.float32 else self._memory(len(numbers))
         for start in range(0, len(numbers), count):
             some = numbers[start : start + count]
-            np.take(first_words, some * self.d_in, mode="clip")
+            np.take(words, first_words[start : start + count], mode="clip")
             if scratch is None:
                 np.take(self._rows, some, axis=0, out=lent[start : start + count].view(np.int32), mode="clip")
             else:
@@ -162,15 +166,15 @@ class CachedActivations:
                 np.take(self._rows, some, axis=0, out=bits, mode="clip")
                 rows[start : start + count] = torch.from_numpy(bits).view(self.dtype)
         if scratch is not None:
-            free.append(scratch)
+            self._free.append(scratch)
         return rows
 
-    def _memory(self, free: list[np.ndarray]) -> np.ndarray:
-        """Room for the rows of a batch, at an address that is a multiple of 64, without which copies are slower."""
-        try:
-            return free.pop()
-        except IndexError:
-            return torch.empty(self.batch_size, self.d_in).numpy()
+    def _memory(self, rows: int) -> np.ndarray:
+        """Room for a batch, at an address that is a multiple of 64, without which copies are slower."""
+        with suppress(IndexError):
+            if len(memory := self._free.pop()) >= rows:
+                return memory
+        return torch.empty(max(rows, self.batch_size), self.d_in).numpy()
 
 
 class _Epoch:
@@ -182,9 +186,9 @@ class _Epoch:
         order = torch.randperm(stream.tokens, generator=torch.Generator().manual_seed(self.seed)).numpy()
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="sae_lib.cache")
         self.end = weakref.finalize(self, readers.shutdown, wait=False, cancel_futures=True)
-        size, gather, free = stream.batch_size, stream._gather, []
+        size, gather = stream.batch_size, stream._gather
         starts = range(self.position, stream.tokens, size)
-        self.coming = (readers.submit(gather, order[start : start + size], free) for start in starts)
+        self.coming = (readers.submit(gather, order[start : start + size]) for start in starts)
         self.pending = deque(islice(self.coming, AHEAD))
 
     def __iter__(self) -> _Epoch:

@@ -269,9 +269,9 @@ def test_the_order_does_not_depend_on_which_reader_is_first(tmp_path, monkeypatc
     stream = cache(Rows(), tmp_path, tokens=TOKENS)
     expected, gather = numbers_of(stream), CachedActivations._gather_rows
 
-    def slow(self, numbers, free):
+    def slow(self, numbers):
         time.sleep(0.01 * (int(numbers[0]) % 3))
-        return gather(self, numbers, free)
+        return gather(self, numbers)
 
     monkeypatch.setattr(CachedActivations, "_gather_rows", slow)
     assert torch.equal(numbers_of(stream), expected)
@@ -290,6 +290,14 @@ def test_memory_is_used_again_but_never_while_a_batch_or_a_view_of_it_is_held(tm
         assert torch.equal(view, torch.from_numpy(array))
 
 
+def test_a_larger_batch_gets_memory_of_its_own(tmp_path):
+    stream = cache(Rows(), tmp_path, tokens=TOKENS)
+    list(stream)
+    stream.batch_size = 50
+    assert [len(batch.x) for batch in stream] == [50] * 4
+    assert torch.equal(in_order(stream), Rows().x)
+
+
 def test_rows_are_touched_in_parts_that_cover_a_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(cached, "TOUCHED_BYTES", 5000)  # 4 rows of float32, 9 of bfloat16
     for dtype in (torch.float32, torch.bfloat16):
@@ -301,6 +309,20 @@ def test_where_files_cannot_be_mapped_to_a_place_they_are_read(tmp_path, monkeyp
     expected = numbers_of(cache(Rows(), tmp_path, tokens=TOKENS))
     monkeypatch.delattr(mmap, "MAP_ANONYMOUS")
     assert torch.equal(numbers_of(CachedActivations(tmp_path, batch_size=16)), expected)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows"),
+    [
+        (4096, 65536),  # 512 rows fill 2 MiB
+        (9216, 28672),  # 2048 do, 14 times
+        (3076, 81920),  # 2^19 would take 1.6 GB; 16384 fill a multiple of 64 KiB, 5 times
+        (49156, 16384),  # one filling is more than 256 MiB
+    ],
+)
+def test_shards_fill_whole_pages_so_that_the_next_one_can_be_mapped_behind_them(row_bytes, rows):
+    assert shards.rows_that_fill_pages(row_bytes, 2**28) == rows
+    assert rows * row_bytes % 2**16 == 0
 
 
 # Cut off
