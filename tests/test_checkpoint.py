@@ -617,7 +617,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     assert_same_end(folder, tmp_path / "unbroken")
     assert in_writing > 0
     print(
-        f"\n{kills} kills in {runs} runs, {in_writing} while a checkpoint was written: the same bits in the end, "
+        f"\n{kills} kills in {runs} run{'s' * (runs > 1)}, {in_writing} while a checkpoint was written: the same bits in the end, "
         f"in {time.monotonic() - began:.0f} s"
     )
 
