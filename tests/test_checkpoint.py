@@ -616,9 +616,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     assert ended(start(folder))
     assert_same_end(folder, tmp_path / "unbroken")
     assert in_writing > 0
+    seconds = time.monotonic() - began
     print(
-        f"\n{kills} kills in {runs} run{'s' * (runs > 1)}, {in_writing} while a checkpoint was written: the same bits in the end, "
-        f"in {time.monotonic() - began:.0f} s"
+        f"\n{kills} kills in {runs} run{'s' * (runs > 1)}, {in_writing} while a checkpoint was written: "
+        f"the same bits in the end, in {seconds:.0f} s"
     )
 
 
