@@ -205,7 +205,7 @@ def bars(
     if not values or len(groups) != len(values):
         raise ValueError(f"groups must name one group for each of at least one label, got {len(groups)}, {len(values)}")
     ax = ax if ax is not None else plt.subplots(figsize=(6.4, 0.9 + 0.24 * len(values)))[1]
-    looks = styles(list(dict.fromkeys(groups)))
+    looks = styles(sorted(set(groups)))
     middle, least, largest = np.array(list(values.values()), dtype=float).T
     ends, line = [middle - least, largest - middle], {"ecolor": INK, "error_kw": {"elinewidth": 1}}
     ax.barh(range(len(values)), middle, xerr=ends, color=[looks[group]["color"] for group in groups], **line)
