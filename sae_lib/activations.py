@@ -39,7 +39,8 @@ class Activations:
     """Shuffled batches of a model's activations at a site. Chapter `pocket`.
 
     Each `iter(stream)` starts anew and gives the same bits. The stream ends with what it reads; its last batch may be
-    short, so that no token is lost. Batches are float32, on the model's device.
+    short, so that no token is lost. Batches are float32, on the model's device. Several processes
+    (`sae_lib.distributed`) share the forward passes, so they must iterate together; each gets all batches.
 
     Of **texts**, read by a `LanguageModel`, every token is taken but BOS and padding. A text longer than the context is
     cut into windows of context - 1 tokens, each after a BOS of its own. Texts that can be indexed are read in an order

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch
+from sae_lib.distributed import processes
 from sae_lib.models import LanguageModel
 from sae_lib.shards import (
     DTYPES,
@@ -89,6 +90,8 @@ def cache(
 
 def write(stream: Any, folder: Path, manifest: Manifest) -> None:
     """Write the shards that the manifest does not name yet."""
+    if processes() > 1:
+        raise ValueError(f"a cache must be written by one process, got {processes()}; write it first, then all read it")
     done, limit = sum(shard["rows"] for shard in manifest["shards"]), manifest["tokens"] or math.inf
     shape, dtype = row_shape(manifest), dtype_of(manifest)
     expected = manifest["tokens"] or count(stream)

@@ -7,7 +7,8 @@ Every process holds all weights, and its stream yields every batch. Three rules 
    own tokens. `add_gradients` adds up the shares. A mean is one total over another: `per_token`.
 2. What concerns the whole batch, who lives (`largest`) or which latents fired (`anywhere`), is decided from the values
    of all processes, and alike on all of them.
-3. Random numbers are drawn alike by all processes, from generators of the same seed.
+3. Random numbers are drawn alike by all processes, from generators of the same seed: what is drawn for each token is
+   drawn for the whole batch, and each process takes its slice.
 
 A loss written with `total` and `per_token` need not know how many processes there are: in one process, where
 torch.distributed is not initialised, these functions give back what they get. Where it is initialised, they are
@@ -17,6 +18,7 @@ collective: every process must call them, in the same order. The group needs a b
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -200,9 +202,11 @@ def first_alone(work: Callable[..., None], *arguments: Any, **settings: Any) -> 
 
 
 def agree(tensors: Iterable[Tensor]) -> bool:
-    """Whether the processes hold the same bits; told by a sum over them."""
+    """Whether the processes hold the same bits, told by their hash."""
     if processes() == 1:
         return True
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = sum(int(tensor.detach().view(words[tensor.itemsize]).sum()) for tensor in tensors) % 2**62
-    return greatest(bits) == -greatest(-bits)
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    number = int.from_bytes(digest.digest()[:7], "big")
+    return greatest(number) == -greatest(-number)

@@ -85,6 +85,9 @@ def train(
     the step under way. The same call goes on from there, whatever the SAEs' weights are by then, and ends with the same
     bits (on the same kind of device) as if it had never stopped; a run that is finished returns at once what it made.
 
+    Where torch.distributed is initialised (`sae_lib.distributed`), all its processes call this with equal arguments and
+    make the steps that one would make: each computes its slice of every batch. The first of them writes and reports.
+
     Args:
         saes: one SAE or a list; they are trained in place, on the stream's device, in 32 bits.
         stream: anything that yields `Batch` or floating tensors of shape (batch, d_in).
@@ -343,8 +346,8 @@ def write(checkpoints: Checkpoints, run: Run, optimisers: Sequence[Adam], finish
 
 def check_agreement(run: Run) -> None:
     """Several processes make the same steps only if they have the same weights and see the same data."""
-    weights = (weight for sae in run.saes for weight in sae.state_dict().values())
-    if not agree([torch.tensor(run.scale), *weights]):
+    held = [value for sae in run.saes for value in (*sae.state_dict().values(), sae.generator.get_state())]
+    if not agree([torch.tensor(run.scale), *held]):
         raise ValueError(
             f"all processes must train the same SAEs on the same stream, got other weights or data than theirs after "
             f"{run.tokens:,} tokens; give all the same arguments and seeds"

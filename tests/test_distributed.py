@@ -39,7 +39,7 @@ from sae_lib.train import adam, measured, one_step
 
 STRESS = bool(os.environ.get("SAE_LIB_STRESS"))
 VARIANTS = NAMES if STRESS else ["batchtopk", "jumprelu"]
-PATIENCE = 120
+PATIENCE = 60
 """Seconds until a test gives a process up."""
 
 
@@ -259,11 +259,15 @@ class Stopping(TopKSAE):
             os.kill(os.getpid(), self.moment[2])
 
 
-def run(folder=None, moment=None, seeds=(0, 0), learning_rate=None):
+def run(folder=None, moment=None, learning_rate=None, apart=None):
     """Train on one layer's outputs; how far it came, and the weights."""
-    sae = Stopping(D_IN, 12, 3, seed=seeds[rank() % 2])
+    sae = Stopping(D_IN, 12, 3, seed=rank() if apart == "weights" else 0)
     sae.moment, sae.learning_rate = moment, learning_rate
     stream = activations(1500, batch_size=33, buffer_size=300)
+    if rank() and apart == "generator":
+        torch.rand(1, generator=sae.generator)
+    if apart == "data":
+        stream = [(1 + rank()) * batch.x for batch in stream]
     made = train(sae, stream, 1200, checkpoint=folder, checkpoint_every=300)
     return made.tokens, {key: value.numpy() for key, value in made.saes[0].state_dict().items()}
 
@@ -274,6 +278,18 @@ def read():
     inputs = []
     stream.model.register_forward_pre_hook(lambda _, x: inputs.append(len(x[0])))
     return [batch.x.numpy() for batch in stream], sum(inputs)
+
+
+def cached(folder):
+    activations(100).cache(folder)
+
+
+def test_a_cache_is_written_by_one_process_alone(team, tmp_path):
+    for error in team(cached, tmp_path):
+        assert str(error) == "a cache must be written by one process, got 2; write it first, then all read it"
+    assert list(tmp_path.iterdir()) == []
+    cached(tmp_path)
+    assert team(cached, tmp_path) == [None, None]
 
 
 def test_processes_share_the_forward_passes_and_see_the_same_batches(team):
@@ -322,14 +338,15 @@ def test_what_one_process_began_two_finish(team, unbroken, tmp_path):
     assert [distance(end, state) for _, end in finished] == [0, 0]
 
 
-def test_processes_that_train_different_weights_are_told_so(team):
-    for error in team(run, None, None, (0, 1)):
+@pytest.mark.parametrize("apart", ["weights", "generator", "data"])
+def test_processes_that_hold_different_things_are_told_so(team, apart):
+    for error in team(run, None, None, None, apart):
         assert isinstance(error, ValueError)
         assert "all processes must train the same SAEs on the same stream" in str(error)
 
 
 def test_a_loss_that_is_no_number_stops_all_processes(team):
-    first, second = team(run, None, None, (0, 0), 1e30)
+    first, second = team(run, None, None, 1e30)
     assert "the loss must stay finite" in str(first)
     assert str(first) == str(second)
 
