@@ -150,9 +150,8 @@ class CachedActivations:
         """A copy of these rows, in memory that is free again when nobody holds the tensor any more."""
         memory = self._memory(len(numbers))
         lent = memory[: len(numbers)]
-        weakref.finalize(
-            lent, self._free.append, memory
-        ).atexit = False  # the tensor, and every view of it, holds `lent`
+        lost = weakref.finalize(lent, self._free.append, memory)  # the tensor, and every view of it, holds `lent`
+        lost.atexit = False
         rows, words, first_words = torch.from_numpy(lent), self._rows.reshape(-1), numbers * self.d_in
         count = max(1, TOUCHED_BYTES // self._rows[0].nbytes)
         scratch = None if self.dtype == torch.float32 else self._memory(len(numbers))
@@ -178,14 +177,13 @@ class CachedActivations:
 
 
 class _Epoch:
-    """One pass over a cache. Its readers hold the cache but not the pass, so that they end when it is dropped."""
+    """One pass over a cache. Its readers do not hold it, so that they end when it is dropped."""
 
     def __init__(self, stream: CachedActivations, state: Mapping[str, Tensor] | None):
         self.device = stream.device
         self.position, self.seed = (0, stream.seed) if state is None else state["position"].tolist()
         order = torch.randperm(stream.tokens, generator=torch.Generator().manual_seed(self.seed)).numpy()
-        readers = ThreadPoolExecutor(READERS, thread_name_prefix="sae_lib.cache")
-        self.end = weakref.finalize(self, readers.shutdown, wait=False, cancel_futures=True)
+        self.readers = readers = ThreadPoolExecutor(READERS, thread_name_prefix="sae_lib.cache")
         size, gather = stream.batch_size, stream._gather
         starts = range(self.position, stream.tokens, size)
         self.coming = (readers.submit(gather, order[start : start + size]) for start in starts)
@@ -196,7 +194,7 @@ class _Epoch:
 
     def __next__(self) -> Batch:
         if not self.pending:
-            self.end()
+            self.readers.shutdown(wait=False)
             raise StopIteration
         batch = self.pending.popleft().result()
         self.pending.extend(islice(self.coming, 1))

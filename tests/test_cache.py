@@ -410,6 +410,25 @@ def test_a_disk_that_fills_up_is_named_and_what_was_written_stays(tmp_path, monk
     assert torch.equal(in_order(cache(Rows(), tmp_path, tokens=TOKENS)), Rows().x)
 
 
+def test_a_file_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    sizes = []
+
+    def replace(part, path):
+        sizes.append((path.name, part.stat().st_size))
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises(ValueError, match="manifest.json must be writable, got 'Read-only file system'"):
+        cache(Rows(), tmp_path, tokens=TOKENS)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="00000.safetensors must be writable"):
+        shards.write_shard(
+            tmp_path, {"dtype": "float32", "d_in": 2, "grad": False, "shards": []}, torch.ones(3, 2), [0, 0]
+        )
+    assert not list(tmp_path.iterdir())
+    assert sizes[1] == ("00000.safetensors", 2**16 + 24)
+
+
 def test_room_on_the_disk_is_checked_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 0, 10**5))
@@ -501,6 +520,18 @@ def test_lost_shards_are_written_again(tmp_path):
     before = files(tmp_path)
     (tmp_path / "00000.safetensors").unlink()
     damaged(tmp_path, "00002.safetensors", lambda data: data[:1000])
+    cache(Rows(), tmp_path, tokens=TOKENS)
+    assert files(tmp_path) == before
+
+
+def test_lost_shards_whose_writing_is_cut_off_again_leave_no_whole_cache(tmp_path):
+    cache(Rows(), tmp_path, tokens=TOKENS)
+    before = files(tmp_path)
+    (tmp_path / "00001.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        cache(Rows(fails_at=4), tmp_path, tokens=TOKENS)
+    with pytest.raises(ValueError, match="cut off after 1 shards"):
+        CachedActivations(tmp_path)
     cache(Rows(), tmp_path, tokens=TOKENS)
     assert files(tmp_path) == before
 
