@@ -122,12 +122,12 @@ def targets(rows: Sequence[dict]) -> list[dict]:
     for row in rows:
         here = [row]
         if row["work"] == "cache" and row["row_bytes"] >= 4096 and row["variant"].endswith("batches, cpu"):
-            what = f"cache, {row['variant'].split(',')[0]}: a plain sequential read's time / a shuffled one's"
+            what = f"cache, {row['variant'].split(',')[0]}: plain sequential / shuffled read"
             ask(what, row["share"], "at least", 0.8)
         elif row["work"] == "cache beside a step":
-            ask("cache of pocket: reading / a training step", row["share"], "at most", 0.1)
+            ask("cache, pocket: a batch read / a training step", row["share"], "at most", 0.1)
     here = [row for row in rows if row["work"] == "pocket"]
     total, forward, steps = (of("pocket", part, "cpu_ms") for part in ("train", "forward", "steps"))
     if total and forward:
-        ask("8 SAEs on one stream: (total - forward) / their steps", share(total - forward, steps), "at most", 1.05)
+        ask("8 SAEs, one stream: (total - forward) / steps", share(total - forward, steps), "at most", 1.05)
     return found

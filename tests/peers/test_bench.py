@@ -179,7 +179,7 @@ def test_verdicts_follow_from_the_rows():
         "topk, no bf16: our time / the scores' product": (2.5, "at most", 2.0, "missed"),
         "AuxK, 10% dead / none dead": (1.2, "at most", 1.4, "met"),
         "topk: memory of a step / the scores'": (2.0, "at most", 1.5, "missed"),
-        "8 SAEs on one stream: (total - forward) / their steps": (1.05, "at most", 1.05, "met"),
+        "8 SAEs, one stream: (total - forward) / steps": (1.05, "at most", 1.05, "met"),
     }
 
 
