@@ -101,7 +101,8 @@ def train(
             path = trained.save(out / f"{place}-{trained.name}")
             typer.echo(f"{path}  fvu {last['fvu']:.3f}  l0 {last['l0']:.1f}  dead {last['dead']:.1%}")
     except KeyboardInterrupt as stop:
-        typer.echo(stop, err=True)
+        if not rank():
+            typer.echo(stop, err=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         typer.secho("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), err=True, fg="red")

@@ -14,6 +14,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from test_checkpoint import D_IN, activations
 from test_parity import D_SAE, NAMES, made, tokens
 
@@ -308,7 +309,7 @@ def unbroken():
 
 def distance(state, expected):
     """The largest difference of a tensor from what is expected, relative to its norm."""
-    pairs = [(torch.tensor(state[key]).double(), torch.tensor(value).double()) for key, value in expected.items()]
+    pairs = [(torch.as_tensor(state[key]).double(), torch.as_tensor(value).double()) for key, value in expected.items()]
     return max(float((ours - value).norm() / value.norm().clamp(min=1e-30)) for ours, value in pairs)
 
 
@@ -351,30 +352,33 @@ def test_a_loss_that_is_no_number_stops_all_processes(team):
     assert str(first) == str(second)
 
 
-def launch(processes, *arguments):
-    """Run this file by torchrun."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--max-restarts",
-        "0",
-    ]
-    return subprocess.run([*torchrun, __file__, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+def launch(processes, *command):
+    """Run a script or module in processes that torchrun starts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.run([*torchrun, *map(str, command)], capture_output=True, text=True, timeout=2 * PATIENCE)
 
 
 def test_a_process_that_is_killed_ends_the_run_which_goes_on_in_one_or_in_three(unbroken, tmp_path):
-    killed = launch(2, tmp_path / "run", 20 * 33)
+    killed = launch(2, __file__, tmp_path / "run", 20 * 33)
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [f"{330:015d}"]
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     assert distance(run(tmp_path / "run")[1], unbroken) < 1e-5
     if STRESS:
-        assert launch(3, tmp_path / "other").returncode == 0
+        assert launch(3, __file__, tmp_path / "other").returncode == 0
         assert distance(run(tmp_path / "other")[1], unbroken) < 1e-5  # returns what they made
+
+
+@pytest.mark.skipif(not STRESS, reason="make stress")
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    command = "-m sae_lib train --variant topk --d-sae 64 --k 4 --tokens 5000 --batch-size 501 --out".split()
+    assert launch(1, *command, tmp_path / "one").returncode == 0
+    two = launch(2, *command, tmp_path / "two")
+    assert two.returncode == 0
+    assert two.stdout.count("0-topk") == 1  # of the first process alone
+    ours, expected = (load_file(tmp_path / run / "0-topk/weights.safetensors") for run in ("two", "one"))
+    assert distance(ours, expected) < 1e-5
 
 
 if __name__ == "__main__":
