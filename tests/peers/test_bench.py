@@ -43,13 +43,20 @@ def test_a_worker_answers_line_by_line_and_ends_with_its_input(activations):
 
 
 def test_a_step_lasts_from_one_request_to_the_next(monkeypatch):
-    clock = iter([10.0, 13.0, 20.0, 21.5])
-    monkeypatch.setattr(worker, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: 0.0))
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(process_time=lambda: clock.now, perf_counter=lambda: 0.0))
     monkeypatch.setattr(sys, "stdin", io.StringIO("step 2\n"))
     channel = io.StringIO()
+
+    def batches():
+        for _ in range(2):
+            clock.now += 0.25  # to make a batch
+            yield X
+
     with pytest.raises(SystemExit):  # the end of the input ends the process, whatever loop it is in
-        list(Meter(iter([X, -X]), lambda x: x, channel, base=0))
-    assert json.loads(channel.getvalue())["cpu"] == [3.0, 1.5]
+        for seconds, _ in zip([3.0, 1.5, 0.0], Meter(batches(), lambda x: x, channel, base=0), strict=True):
+            clock.now += seconds  # to train on it
+    assert json.loads(channel.getvalue())["cpu"] == [3.25, 1.75]
 
 
 def test_peak_counts_what_a_step_held_and_gave_back(monkeypatch):
