@@ -53,9 +53,12 @@ def test_a_step_lasts_from_one_request_to_the_next(monkeypatch):
             clock.now += 0.25  # to make a batch
             yield X
 
-    with pytest.raises(SystemExit):  # the end of the input ends the process, whatever loop it is in
-        for seconds, _ in zip([3.0, 1.5, 0.0], Meter(batches(), lambda x: x, channel, base=0), strict=True):
+    def train(meter):
+        for seconds, _ in zip([3.0, 1.5, 0.0], meter, strict=True):
             clock.now += seconds  # to train on it
+
+    with pytest.raises(SystemExit):  # the end of the input ends the process, whatever loop it is in
+        train(Meter(batches(), lambda x: x, channel, base=0))
     assert json.loads(channel.getvalue())["cpu"] == [3.25, 1.75]
 
 
