@@ -6,30 +6,34 @@
     above             pairs above zero or a threshold                       ReLU, Gated, JumpReLU
 
 All pairs are scored a few hundred tokens at a time, so that the scores stay in the processor's cache and no matrix of
-(batch, d_sae) is ever stored. A bound from below on the last score that lives leaves few **candidates**, and the
-selection is made among those.
+(batch, d_sae) is stored. A bound from below on the last score that lives leaves few **candidates**, and the selection
+is made among those.
 
 On processors with fast bfloat16 the scoring is done in it. Its error is bounded, by Cauchy and Schwarz, by what
 rounding took from the two vectors:
 
     |x . w - x' . w'| <= |x - x'| |w| + |x'| |w - w'|         x', w' rounded to bfloat16
 
-so every pair that may live is a candidate; candidates are scored again in the weights' own precision, which decides.
-The selection is therefore the exact one, not an approximate top-k. Where many pairs live (at least `DENSITY` of all),
-all scores are computed in full and the code is a dense matrix; nothing but the time depends on that.
+(norms above 1e-18, which squares of 32 bits can hold), so every pair that may live is a candidate; candidates are
+scored again in the weights' own precision, which decides. The selection is therefore the exact one, not an approximate
+top-k. Where the bound leaves too many candidates, the whole batch is scored exactly.
+
+Where many pairs live, all scores are computed in full and the code is a dense matrix: from `DENSITY` of all pairs where
+their number is given, from twice that many candidates where it is found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lib.distributed import count, gathered, greatest, largest, least, processes, rank
-from sae_lib.sparse import Code, Scores, first_of_each, linear, products
+from sae_lib.sparse import Code, Pairs, Scores, first_of_each, linear, products
 
 DENSITY = 1 / 16
 """Share of living pairs from which dense products are faster (measured: chapter `speed`)."""
@@ -40,9 +44,11 @@ GROUP_SIZES = (32, 16, 8, 4, 2, 1)
 WORTH_ROUNDING = 2**29
 """Multiplications from which scoring in bfloat16 is worth what it costs to score candidates again."""
 SAMPLE = 64
-"""Tokens from which `top_of_batch` guesses its bound."""
+"""Tokens that are looked at first: they tell whether too many live, and `top_of_batch` a bound."""
 ROUNDING = 1.01 * 2**-8
 """More than the largest relative difference between a number and its bfloat16."""
+NOTHING = 1e-37
+"""Scores that are not larger do not live."""
 
 
 def top_of_rows(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
@@ -100,7 +106,7 @@ def near(scores: Scores | Float[Tensor, "batch d_sae"], threshold: Float[Tensor,
         return Code.from_dense(scores)
     x, W, b = recipe(scores)
     threshold = threshold.detach()
-    found = candidates(x, W, b - threshold, lambda maxima, error, rows: -error)
+    found = candidates(x, W, b - threshold, lambda maxima, error, rows: NOTHING - error)
     if found is None:
         return Code.from_dense(scores.dense())
     rows, cols, excess = found
@@ -112,7 +118,7 @@ def near(scores: Scores | Float[Tensor, "batch d_sae"], threshold: Float[Tensor,
 def above(scores: Scores | Float[Tensor, "batch d_sae"], threshold: Float[Tensor, "..."]) -> Code:
     """The scores that are positive and above a threshold: one for all latents, or one a latent."""
     threshold = threshold.clamp(min=0).expand(scores.shape[1])
-    return near(scores, threshold).map(lambda s, least: s * (s > least), threshold).living()
+    return near(scores, threshold).map(lambda s, over: s * (s > over), threshold).living()
 
 
 # How they are found ---------------------------------------------------------------------------------------------------
@@ -141,14 +147,14 @@ def best_of_rows(
     def bound(maxima: Tensor, error: Tensor, rows: slice) -> Tensor:
         best = maxima.topk(most, dim=1).values
         kth = best.gather(1, (each[rows, None] - 1).clamp(min=0)).squeeze(1)
-        return torch.maximum(kth - ROUNDING * kth.abs() - error, floor[rows]) - error
+        return torch.maximum(kth - ROUNDING * kth.abs() - error, floor[rows] + NOTHING) - error
 
-    found = candidates(a, b, bias, bound, groups=2 * most)
-    if found is None:  # many equal scores
+    found = candidates(a, b, bias, bound, float(each.sum()), groups=2 * most)
+    if found is None:  # more come into question than is worth a list, as where many scores are equal; or some are NaN
         entries = [(start, *s.topk(most, dim=1)) for start, s, _ in scored(a, b, bias, exact=True)]
         values, cols = (torch.cat([entry[part] for entry in entries]) for part in (1, 2))
         rows = torch.arange(len(a), device=a.device)[:, None]
-        keep = (values > floor[:, None]) & (torch.arange(most, device=a.device) < each[:, None])
+        keep = ~(values <= floor[:, None]) & (torch.arange(most, device=a.device) < each[:, None])
         return rows.expand_as(cols)[keep], cols[keep], values[keep]
     rows, cols, values = found
     starts = first_of_each(rows, len(a))
@@ -180,7 +186,7 @@ def best_of_all(
         if generous is not None:
             rank = min(len(guesses), 1 + int(generous * share * len(guesses)))
             bound = max(0.0, float(least(guesses.topk(rank, sorted=False).values.min())))
-        found = candidates(a, b, bias, lambda maxima, error, rows, bound=bound: bound - error)
+        found = candidates(a, b, bias, lambda maxima, error, rows, bound=bound: max(bound, NOTHING) - error, wanted)
         if greatest(found is None):
             return None
         rows, cols, values = found
@@ -211,6 +217,7 @@ def candidates(
     b: Float[Tensor, "m d_in"],
     bias: Float[Tensor, " m"],
     bound: Callable[[Float[Tensor, "some groups"], Float[Tensor, " some"], slice], Float[Tensor, " some"]],
+    wanted: float = torch.inf,
     groups: int = 1,
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]] | None:
     """All entries of ``a b^T + bias`` that may reach their row's bound: rows (ascending), columns, exact values.
@@ -218,36 +225,43 @@ def candidates(
     Args:
         bound: from the groups' largest scores, the error that these may have, and the rows they belong to, a bound
             from below on the scores, as computed, that are wanted.
+        wanted: how many entries will be chosen, if that is known.
         groups: least number of groups in a row.
 
     Returns:
-        None if more than twice `DENSITY` of the entries come into question, or there is no entry.
+        None if too many entries come into question, more than twice `DENSITY` of all; if a score is NaN; if there is
+        no entry.
     """
     if not len(a):
         return None
     size = next(size for size in GROUP_SIZES if len(b) % size == 0 and (len(b) >= groups * size or size == 1))
+    many = 2 * DENSITY * len(b)  # of a row, on average
 
-    def reaching(exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    def reaching(exact: bool, many: float) -> tuple[Tensor, Tensor, Tensor] | None:
         parts, seen = [], 0
         for start, s, error in scored(a, b, bias, exact):
             grouped = s.unflatten(1, (size, -1))
             maxima = grouped.amax(1)
-            least = bound(maxima.to(a.dtype), error, slice(start, start + len(s)))
-            least = (least - 2 * ROUNDING * least.abs()).to(s.dtype)  # what storing in bfloat16 may take, twice
-            rows, group = (maxima >= least[:, None]).nonzero().unbind(1)
+            lowest = bound(maxima.to(a.dtype), error, slice(start, start + len(s)))
+            lowest = (lowest - 2 * ROUNDING * lowest.abs()).to(s.dtype)  # what storing in bfloat16 may take, twice
+            if maxima.isnan().any() or (start == 0 and (s >= lowest[:, None]).sum() > many * len(s)):
+                return None
+            rows, group = (maxima >= lowest[:, None]).nonzero().unbind(1)
             members = grouped[rows, :, group]
-            pair, place = (members >= least[rows, None]).nonzero().unbind(1)
+            pair, place = (members >= lowest[rows, None]).nonzero().unbind(1)
             parts.append((rows[pair] + start, group[pair] + place * grouped.shape[2], members[pair, place]))
             seen += len(pair)
-            if seen > 2 * DENSITY * (start + len(s)) * len(b):
+            if seen > many * (start + len(s)):
                 return None
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    found = reaching(exact=False) or reaching(exact=True)  # one very long latent makes the rounding's bound useless
-    if found is not None and found[2].dtype != a.dtype:
-        rows, cols, rounded = found
-        found = rows, cols, products(a, b, Code(rows, cols, rounded, (len(a), len(b)))).add_(bias[cols])
-    return found
+    if not fast(a, b):
+        return reaching(True, many)
+    found = reaching(False, min(many, 4 * wanted / len(a) + 64))
+    if found is None:  # one very long latent makes the bound on rounding useless
+        return reaching(True, many)
+    rows, cols, _ = found
+    return rows, cols, products(a, b, Pairs(rows, cols, (len(a), len(b)))).add_(bias[cols])
 
 
 def scored(
@@ -259,16 +273,23 @@ def scored(
     """
     rows = len(a) if a.is_cuda else max(256, CHUNK // len(b))
     error = a.new_zeros(len(a))
-    worth = len(a) * len(b) * a.shape[1] >= WORTH_ROUNDING and a.dtype == torch.float32 and a.device.type == "cpu"
-    if worth and fast_bf16() and not exact:
+    if fast(a, b) and not exact:
         a16, b16, bias16 = a.bfloat16(), b.bfloat16(), bias.bfloat16()
         size_a, size_b = row_norms(a), row_norms(b).max()
         lost_a, lost_b = row_norms(a, a16), row_norms(b, b16).max()
         summing = a.shape[1] * 2.0**-23 * size_a * size_b
-        error = 1.01 * (lost_a * size_b + (size_a + lost_a) * lost_b + summing) + (bias - bias16).abs().max()
+        of_bias = (bias - bias16).nan_to_num(0).abs().max()  # an infinite bias loses nothing
+        error = 1.01 * (lost_a * size_b + (size_a + lost_a) * lost_b + summing + of_bias)
         a, b, bias = a16, b16, bias16
-    for start in range(0, len(a), rows):
-        yield start, linear(a[start : start + rows], b, bias), error[start : start + rows]
+    for start in chain([0], range(SAMPLE, len(a), rows)):  # a few rows first, which show if too many live
+        part = slice(start, start + rows if start else SAMPLE)
+        yield start, linear(a[part], b, bias), error[part]
+
+
+def fast(a: Float[Tensor, "n d_in"], b: Float[Tensor, "m d_in"]) -> bool:
+    """Whether scoring in bfloat16, and candidates again, is faster than scoring exactly."""
+    worth = len(a) * len(b) * a.shape[1] >= WORTH_ROUNDING
+    return worth and a.dtype == torch.float32 and a.device.type == "cpu" and fast_bf16()
 
 
 def row_norms(a: Float[Tensor, "n d_in"], less: Tensor | None = None) -> Float[Tensor, " n"]:

@@ -3,7 +3,7 @@
 Dense, a training step costs five products of a (batch, d_in) with a (d_in, d_sae) matrix: scores, reconstruction, and
 the gradients of both weights and of the code. Where few pairs live, four of the five touch those pairs only, and what
 remains is the first: to know who lives, all pairs are scored once. `sae_lib.selection` does that; here stand the code
-that it returns and the gradients. Chapter `speed`.
+that it returns and the gradients, first derivatives only. Chapter `speed`.
 
     x_hat_t       = sum over living latents i of token t    z_ti W_dec,i
     dL/dz_ti      = dL/dx_hat_t . W_dec,i
@@ -15,6 +15,7 @@ that it returns and the gradients. Chapter `speed`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import accumulate
 
@@ -27,8 +28,32 @@ from torch.autograd.function import once_differentiable
 from sae_lib import kernels
 
 
+class Pairs:
+    """Which (token, latent) pairs live, sorted by token, and the same sorted by latent.
+
+    Args:
+        rows: token of each pair, ascending.
+        cols: latent of each pair.
+        shape: ``(batch, d_sae)``.
+    """
+
+    def __init__(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"], shape: tuple[int, int]):
+        self.rows, self.cols, self.shape = rows, cols, shape
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " batch"]:
+        """Where each token's pairs begin."""
+        return first_of_each(self.rows, self.shape[0])
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " d_sae"]]:
+        """The order of the pairs that sorts them by latent, then token, and where each latent's pairs begin."""
+        # numbers of 32 bits are sorted in half the time
+        return self.cols.int().sort(stable=True).indices, first_of_each(self.cols, self.shape[1])
+
+
 class Code:
-    """The living (token, latent) pairs of a batch, sorted by token.
+    """The living (token, latent) pairs of a batch, sorted by token, and their values.
 
     Args:
         rows: token of each pair, ascending.
@@ -44,7 +69,11 @@ class Code:
         values: Float[Tensor, " pairs"],
         shape: tuple[int, int],
     ):
-        self.rows, self.cols, self.values, self.shape = rows, cols, values, shape
+        self.pairs, self.values = Pairs(rows, cols, shape), values
+
+    rows = property(lambda self: self.pairs.rows)
+    cols = property(lambda self: self.pairs.cols)
+    shape = property(lambda self: self.pairs.shape)
 
     @classmethod
     def from_dense(cls, z: Float[Tensor, "batch d_sae"]) -> Code:
@@ -53,20 +82,22 @@ class Code:
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """The code as a matrix: zero wherever a pair does not live."""
-        return self.values.new_zeros(self.shape).index_put((self.rows, self.cols), self.values)
+        return self.values.new_zeros(self.shape).index_put_((self.rows, self.cols), self.values)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
         """Sum over each token's living latents of value times direction, without the decoder's bias."""
-        return Decode.apply(W_dec, self.values, self)
+        return Decode.apply(W_dec, self.values, self.pairs)
 
     def map(self, function: Callable[..., Tensor], *of_latents: Float[Tensor, " d_sae"]) -> Code:
         """The same pairs with values ``function(values, ...)``, followed by each pair's entry of vectors over latents.
 
         `function` works entry by entry, and must give zero for pairs that do not live.
         """
-        values = function(self.values, *(vector.index_select(0, self.cols) for vector in of_latents))
-        code = Code(self.rows, self.cols, values, self.shape)
-        vars(code).update({name: vars(self)[name] for name in ("starts", "by_latent") if name in vars(self)})
+        return self._with(function(self.values, *(vector.index_select(0, self.cols) for vector in of_latents)))
+
+    def _with(self, values: Float[Tensor, " pairs"]) -> Code:
+        code = copy(self)
+        code.values = values
         return code
 
     def sum(self) -> Float[Tensor, ""]:
@@ -96,37 +127,25 @@ class Code:
         """Living latents a token, mean over the batch."""
         return torch.as_tensor(len(self.cols) / self.shape[0], device=self.cols.device)
 
-    @cached_property
-    def starts(self) -> Int[Tensor, " batch"]:
-        """Where each token's pairs begin."""
-        return first_of_each(self.rows, self.shape[0])
-
-    @cached_property
-    def by_latent(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " d_sae"]]:
-        """The order of the pairs that sorts them by latent, then token, and where each latent's pairs begin."""
-        # 32 bits sort and gather in half the time
-        return self.cols.int().sort(stable=True).indices, first_of_each(self.cols, self.shape[1])
-
 
 class DenseCode(Code):
     """A code held as its matrix; the pairs are found when they are asked for."""
 
     def __init__(self, z: Float[Tensor, "batch d_sae"]):
-        self.z, self.shape = z, tuple(z.shape)
+        self.z = z
 
     @cached_property
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        return self.z.detach().nonzero(as_tuple=True)
+    def pairs(self) -> Pairs:
+        return Pairs(*self.z.detach().nonzero(as_tuple=True), tuple(self.z.shape))
 
-    rows = property(lambda self: self._pairs[0])
-    cols = property(lambda self: self._pairs[1])
-    values = property(lambda self: self.z[self._pairs])
+    shape = property(lambda self: tuple(self.z.shape))
+    values = property(lambda self: self.z[self.rows, self.cols])
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         return self.z
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "batch d_in"]:
-        return Product.apply(self.z, W_dec)
+        return self.z @ W_dec
 
     def map(self, function: Callable[..., Tensor], *of_latents: Float[Tensor, " d_sae"]) -> Code:
         return DenseCode(function(self.z, *of_latents))
@@ -172,7 +191,7 @@ class Scores:
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """All scores; gradients through this are dense products."""
         s = linear(self.centred, self.W_enc.detach().T, self.b_enc.detach())
-        return Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, s, self.centred, None)
+        return Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, (s, self.centred), None)
 
     def of(self, latents: Int[Tensor, " some"]) -> Scores:
         """The scores of some latents only."""
@@ -186,18 +205,19 @@ class Scores:
     def code(self, rows: Int[Tensor, " pairs"], cols: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"]) -> Code:
         """The code of some pairs, whose `values` are their scores: gradients flow through these pairs only."""
         code = Code(rows, cols, values, self.shape)
-        code.values = Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, values, self.centred, code)
-        return code
+        known = (values, self.centred)
+        return code._with(Score.apply(self.x, self.W_enc, self.b_enc, self.b_dec, known, code.pairs))
 
 
 class Score(torch.autograd.Function):
     """Scores of some pairs, or of all (`pairs` is None), as a function of x and the encoder; computed before."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, values, centred, pairs):
+    def forward(ctx, x, W_enc, b_enc, b_dec, known, pairs):
+        values, centred = known
         ctx.save_for_backward(W_enc, centred.contiguous())
         ctx.pairs = pairs
-        return values.view_as(values)
+        return values
 
     @staticmethod
     @once_differentiable
@@ -213,7 +233,7 @@ class Score(torch.autograd.Function):
             d_b_dec = -(W_enc @ d_b_enc)
         if for_x:
             d_x = grad @ W_enc.T if pairs is None else sum_by_token(W_enc.T, grad, pairs)
-        return d_x, d_W_enc, d_b_enc if for_b_enc else None, d_b_dec, None, None, None
+        return d_x, d_W_enc, d_b_enc if for_b_enc else None, d_b_dec, None, None
 
 
 class Decode(torch.autograd.Function):
@@ -235,24 +255,8 @@ class Decode(torch.autograd.Function):
         return d_W_dec, d_values, None
 
 
-class Product(torch.autograd.Function):
-    """``z W_dec`` of a dense code."""
-
-    @staticmethod
-    def forward(ctx, z, W_dec):
-        ctx.save_for_backward(z, W_dec)
-        return z @ W_dec
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        z, W_dec = ctx.saved_tensors
-        d_z = linear(grad, W_dec) if ctx.needs_input_grad[0] else None
-        return d_z, z.T @ grad if ctx.needs_input_grad[1] else None
-
-
 def linear(
-    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"] | None = None
+    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
 ) -> Float[Tensor, "batch d_sae"]:
     """``x directions^T + bias``, without gradient.
 
@@ -267,7 +271,7 @@ def linear(
 
 
 def products(
-    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], pairs: Code
+    x: Float[Tensor, "batch d_in"], directions: Float[Tensor, "d_sae d_in"], pairs: Pairs
 ) -> Float[Tensor, " pairs"]:
     """The inner product of each pair's row of `x` and row of `directions`.
 
@@ -284,7 +288,7 @@ def products(
 
 
 def sum_by_token(
-    directions: Float[Tensor, "d_sae d_in"], values: Float[Tensor, " pairs"], pairs: Code
+    directions: Float[Tensor, "d_sae d_in"], values: Float[Tensor, " pairs"], pairs: Pairs
 ) -> Float[Tensor, "batch d_in"]:
     """Sum over each token's pairs of value times the latent's row of `directions`."""
     directions = directions.contiguous()
@@ -294,7 +298,7 @@ def sum_by_token(
 
 
 def sum_by_latent(
-    x: Float[Tensor, "batch d_in"], values: Float[Tensor, " pairs"], pairs: Code
+    x: Float[Tensor, "batch d_in"], values: Float[Tensor, " pairs"], pairs: Pairs
 ) -> Float[Tensor, "d_sae d_in"]:
     """Sum over each latent's pairs of value times the token's row of `x`."""
     order, starts = pairs.by_latent

@@ -26,6 +26,7 @@ from sae_lib.checkpoint import Checkpoints
 from sae_lib.data import Batch
 from sae_lib.distributed import add_gradients, agree, first_alone, mine, per_token, rank, total
 from sae_lib.sae import SAE, Loss, as_batch, spread, whole
+from sae_lib.state import by_rows
 
 SCALE_BATCHES = 4
 """Batches on which the global scale is estimated; they are trained on too."""
@@ -207,21 +208,17 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, parameters: list[nn.Parameter], **settings: Any):
         self.parameters = parameters
-        super().__init__([contiguous(p.detach()) for p in parameters], fused=True, **settings)
+        super().__init__([by_rows(p.detach()) for p in parameters], fused=True, **settings)
 
     def step(self) -> None:
         for same, p in zip(self.param_groups[0]["params"], self.parameters, strict=True):
-            same.grad = None if p.grad is None else contiguous(p.grad)
+            alike = p.is_contiguous() or p.grad is None
+            same.grad = p.grad if alike else p.grad.T.contiguous()
         super().step()
 
     def zero_grad(self) -> None:
         for same, p in zip(self.param_groups[0]["params"], self.parameters, strict=True):
             same.grad = p.grad = None
-
-
-def contiguous(weight: Tensor) -> Tensor:
-    """A matrix, or its transpose where that is the one which lies in one piece."""
-    return weight.T if weight.ndim == 2 and not weight.is_contiguous() else weight
 
 
 def adam(sae: SAE, steps: int) -> Adam:

@@ -93,11 +93,19 @@ class JumpReLUSAE(SAE):
         return Scores(x, self.W_enc, self.b_enc)
 
     def select(self, scores: Scores, batch: Batch) -> Code:
-        return above(scores, self.threshold)
+        return self.jumped(self.window(scores)).living() if self.training else above(scores, self.threshold)
+
+    def window(self, scores: Scores) -> Code:
+        """The scores through which thresholds learn: those in the window, and above it."""
+        return near(scores, self.threshold - self.bandwidth / 2)
+
+    def jumped(self, scores: Code) -> Code:
+        """``s * H(s - threshold)``."""
+        return scores.map(lambda s, threshold: Jump.apply(s, threshold, self.bandwidth), self.threshold)
 
     def loss(self, batch: Batch) -> Loss:
-        scores = near(self.scores(batch.x), self.threshold - self.bandwidth / 2)  # the window's pairs learn too
-        z = scores.map(lambda s, threshold: Jump.apply(s, threshold, self.bandwidth), self.threshold)
+        scores = self.window(self.scores(batch.x))
+        z = self.jumped(scores)
         lives = scores.map(lambda s, threshold: Step.apply(s, threshold, self.bandwidth), self.threshold)
         x_hat = self.decode(z)
         l0 = per_token(lives.sum(), len(batch.x))
