@@ -8,21 +8,21 @@ positions hold T - 1 tokens and BOS, so a token costs T / (T - 1) positions. Pad
 
 **SAE**, for one token of one step, n latents of which k live: a dense step has five products, the input's gradient not
 needed, 10 d_in n. A sparse one has the encoder's, and four over living pairs (decode, gradients of values, W_dec, and
-W_enc): 2 d_in n + 8 d_in k. That is the step of the variants with about k living latents a token; ReLU and Gated begin
-dense. Auxiliary losses are left out.
+W_enc): 2 d_in n + 8 d_in k. That is the step of the variants with about k living latents a token; ReLU, Gated and
+JumpReLU begin dense. Auxiliary losses are left out.
 
 **Memory** of each process, in bytes, where P = 2 d_in n + n + d_in and b is a process' share of a batch: model
 (parameters x itemsize); one block's forward, about (4 d + 4 f + 3 T H) x 4,096 tokens x itemsize; the buffer of
 activations, buffer_size x d_in x itemsize; for each SAE weights and gradients, 4 P each, and Adam's two moments, 8 P;
-and the step itself, at most 1.5 x b x n x 4, one SAE at a time.
+and a sparse step, at most 1.5 x b x n x 4, one SAE at a time; a dense one takes up to 6.3 x b x n x 4 (Gated).
 
 **Disk**: a cache has tokens x d_in x itemsize; a checkpoint has weights and moments, 12 P, and a counter a latent, 8 n,
 for each SAE, and the buffer. Two stay, and a third is there while it is written.
 
 **Hours**: for the model, FLOPs / (processes x peak x utilisation). For an SAE's step likewise, plus the bytes that it
-moves / (bandwidth x utilisation): 28 P for Adam (weights, gradients and moments read, all but gradients written),
-16 b k d_in for the four products over pairs, 8 b n for scores written and read. What processes send each other is left
-out. The utilisation is an assumption.
+moves / (bandwidth x utilisation): 28 P for Adam (weights, gradients and moments read, all but gradients written), 16 P
+to write and clip the gradients, 12 P to keep W_dec's rows at norm 1, 16 b k d_in for the four products over pairs, and
+8 b n for scores written and read. What processes send each other is left out. The utilisation is an assumption.
 """
 
 from __future__ import annotations
@@ -363,13 +363,13 @@ def plan(
             "weights of the SAEs": 4 * sae * saes,
             "gradients": 4 * sae * saes,
             "optimiser": 8 * sae * saes,
-            "a step, at most": 6 * share * d_sae,
+            "a sparse step, at most": 6 * share * d_sae,
         },
         disk={
             f"cache, {cache_dtype}": tokens * d_in * ITEMSIZE[cache_dtype],
             "three checkpoints": 3 * ((12 * sae + 8 * d_sae) * saes + buffer_size * d_in * itemsize),
         },
-        moved=28 * sae + 16 * share * k * d_in + 8 * share * d_sae,
+        moved=(28 + 16 + 12) * sae + 16 * share * k * d_in + 8 * share * d_sae,
     )  # fmt: skip
 
 

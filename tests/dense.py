@@ -1,6 +1,7 @@
 """Every variant's loss, written densely: five products a step, no engine. What the engine must agree with.
 
-Each function takes an SAE and a batch and returns the loss's named terms, by plain autograd over whole matrices.
+Each function takes an SAE and a batch and returns the loss's named terms and the code, by plain autograd over whole
+matrices.
 """
 
 import torch
@@ -41,14 +42,14 @@ def topk(sae, x, z=None):
     s = scores(sae, x)
     z = top(s, sae.k) if z is None else s * z
     x_hat = z @ sae.W_dec + sae.b_dec
-    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}
+    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}, z
 
 
 def batchtopk(sae, x, z=None):
     s = scores(sae, x)
     z = top_of_all(s, sae.k * len(x)) if z is None else s * z
     x_hat = z @ sae.W_dec + sae.b_dec
-    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}
+    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}, z
 
 
 def matryoshka(sae, x, z=None):
@@ -57,14 +58,14 @@ def matryoshka(sae, x, z=None):
     ends = torch.tensor(sae.group_sizes).cumsum(0).tolist()
     x_hats = [z[:, :end] @ sae.W_dec[:end] + sae.b_dec for end in ends]
     errors = torch.stack([squared(x, x_hat) for x_hat in x_hats])
-    return {"reconstruction": errors.mean(), "aux": sae.aux_coeff * auxk(sae, s, x - x_hats[-1])}
+    return {"reconstruction": errors.mean(), "aux": sae.aux_coeff * auxk(sae, s, x - x_hats[-1])}, z
 
 
 def relu(sae, x, z=None):
     z = scores(sae, x).relu()
     norms = sae.W_dec.norm(dim=1) if sae.norm_weighted else 1.0
     penalty = sae.l1_coeff * sae.warm * (z * norms).sum(1).mean()
-    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}
+    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}, z
 
 
 def gated(sae, x, z=None):
@@ -76,7 +77,7 @@ def gated(sae, x, z=None):
         "reconstruction": squared(x, z @ sae.W_dec + sae.b_dec),
         "sparsity": sae.l1_coeff * sae.warm * gate.relu().sum(1).mean(),
         "aux": squared(x, with_gate),
-    }
+    }, z
 
 
 def jumprelu(sae, x, z=None):
@@ -93,7 +94,7 @@ def jumprelu(sae, x, z=None):
     z = learned_by_threshold(s * lives, -sae.threshold * window)
     l0 = learned_by_threshold(lives, -window).sum(1).mean()
     sparsity = sae.l0_coeff * l0 if sae.target_l0 is None else (l0 / sae.target_l0 - 1).pow(2)
-    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}
+    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}, z
 
 
 LOSSES = {loss.__name__: loss for loss in (topk, batchtopk, matryoshka, relu, gated, jumprelu)}

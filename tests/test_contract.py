@@ -13,14 +13,14 @@ import sae_lib
 from sae_lib import VARIANTS, Batch
 from sae_lib.sae import column_major
 
-D_IN, D_SAE, K = 6, 12, 3
+D_IN, D_SAE, K = 6, 64, 3  # few enough live for the sparse engine
 EXAMPLES = {
     "relu": [{"l1_coeff": 0.1}, {"l1_coeff": 0.1, "norm_weighted": True}],
     "gated": [{"l1_coeff": 0.1}],
     "topk": [{"k": K}],
     "jumprelu": [{"target_l0": 3.0}, {"l0_coeff": 0.01}],
     "batchtopk": [{"k": K}],
-    "matryoshka": [{"k": K, "group_sizes": [3, 3, 6]}],
+    "matryoshka": [{"k": K, "group_sizes": [8, 16, 40]}],
 }
 CASES = [(name, arguments) for name, cases in EXAMPLES.items() for arguments in cases]
 each_variant = pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: str(value))

@@ -59,11 +59,14 @@ def gradients(sae, terms):
 
 def assert_same_step(sae, x, tolerance, z=None):
     """Loss and every gradient of the engine and of the dense reference agree, relative to the gradient's norm."""
+    x = x.clone().requires_grad_()
     loss = sae.loss(Batch(x))
-    ours = gradients(sae, loss.terms)
-    terms = LOSSES[sae.name](sae, x, z)
-    theirs = gradients(sae, terms)
+    ours = gradients(sae, loss.terms) | {"x": x.grad}
+    x = x.detach().requires_grad_()
+    terms, code = LOSSES[sae.name](sae, x, z)
+    theirs = gradients(sae, terms) | {"x": x.grad}
     assert loss.terms.keys() == terms.keys()
+    assert torch.allclose(loss.code.dense(), code, atol=1e-5)
     for name, term in terms.items():
         assert loss.terms[name].item() == pytest.approx(term.item(), rel=tolerance, abs=tolerance * 1e-3), name
     assert ours.keys() == theirs.keys()
@@ -160,11 +163,16 @@ def test_ties_are_broken_somehow_and_the_step_is_that_of_the_pairs_chosen(name):
 def test_fifty_steps_of_training_in_64_bits_are_those_of_dense_arithmetic(name):
     sae = made(name, dtype=torch.float64, dead=20)
     reference = copy.deepcopy(sae)
-    reference.W_enc.data = sae_lib.sae.column_major(reference.W_enc.data)
-    reference.loss = lambda batch: sae_lib.sae.Loss(
-        LOSSES[reference.name](reference, batch.x), type(reference).loss(reference, batch).code, batch.x
-    )
-    ours, theirs = adam(sae, 10_000), adam(reference, 10_000)
+    reference.W_enc.data = reference.W_enc.data.contiguous()
+
+    def loss(batch):
+        terms, z = LOSSES[reference.name](reference, batch.x)
+        return sae_lib.sae.Loss(terms, DenseCode(z), batch.x)
+
+    reference.loss = loss
+    ours = adam(sae, 10_000)
+    theirs = torch.optim.Adam(reference.parameters(), lr=ours.param_groups[0]["lr"], betas=sae.betas)
+    theirs.param_groups[0]["initial_lr"] = ours.param_groups[0]["initial_lr"]
     for step in range(50):
         batch = Batch(tokens(dtype=torch.float64, seed=step))
         one_step(sae, ours, batch, 1.0, step / 50)

@@ -67,7 +67,7 @@ def test_geometric_median_resists_an_outlier():
 
 
 def test_the_gradient_of_a_unit_row_has_no_part_along_it():
-    sae = TopKSAE(6, 12, 3).train()
+    sae = TopKSAE(6, 2500, 900).train()  # more rows than one piece has
     sae.loss(Batch(torch.randn(40, 6))).total.backward()
     sae.after_backward()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5
