@@ -4,7 +4,8 @@ A worker is one process with one sparse autoencoder, which its library trains as
 come from a `Meter`. A step lasts from the moment at which a batch is asked for to the moment at which the next one is.
 The file of a library has a function `build` (see `Build`) and the name of its `DISTRIBUTION`.
 
-    standard input      step 3              make three steps
+    standard input      step 3              make three steps, and say what each cost
+                        peak 2              make two, and say how much memory they needed at most
                         report              say how many latents live on a token, and what weights take
                         (end of input)      stop
     standard output     a line of JSON when ready, and one for each line read
@@ -15,6 +16,7 @@ environment of its own.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -62,12 +64,13 @@ Build = Callable[[Work, Tensor], tuple[Train, Encode]]
 
 
 class Meter:
-    """Batches on command; each step's seconds and peak of memory.
+    """Batches on command, and what each step costs.
 
     Args:
         batches: without end.
         encode: from a batch to its code.
         channel: where answers go.
+        base: bytes that the process held before it had a sparse autoencoder.
     """
 
     def __init__(self, batches: Iterator[Tensor], encode: Encode, channel: IO[str], base: int):
@@ -83,14 +86,15 @@ class Meter:
                 continue
             cpu, wall, peak = [], [], 0
             for _ in range(int(count[0])):
-                reset_peak()
+                if command == "peak":
+                    forget()
                 cpu_before, wall_before = time.process_time(), time.perf_counter()
                 batch = next(self.batches)
                 yield batch
                 cpu.append(time.process_time() - cpu_before)
                 wall.append(time.perf_counter() - wall_before)
                 peak = max(peak, memory("VmHWM"))
-            self.say(cpu=cpu, wall=wall, peak=peak - self.base)
+            self.say(**({"peak": peak - self.base} if command == "peak" else {"cpu": cpu, "wall": wall}))
         raise SystemExit
 
     def say(self, **answer: object) -> None:
@@ -108,6 +112,7 @@ def main(library: str, work: str, activations: str) -> None:
     work = Work(**json.loads(work))
     batches = torch.from_numpy(np.load(activations)).split(work.batch)
     rehearse(build, work, batches[0])
+    forget()
     base = memory("VmRSS")
     train, encode = build(work, batches[0])
     meter = Meter(cycle(batches), encode, channel, base)
@@ -150,12 +155,14 @@ def weights() -> int:
 
 
 def memory(field: str) -> int:
-    """Bytes that the process holds now (VmRSS), or held at most since the last `reset_peak` (VmHWM)."""
+    """Bytes that the process holds now (VmRSS), or held at most since the last `forget` (VmHWM)."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1])
 
 
-def reset_peak() -> None:
+def forget() -> None:
+    """Give back to the system what was freed, and let the peak of memory begin anew; of Linux."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
