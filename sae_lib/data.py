@@ -295,7 +295,7 @@ class PlantedStream:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the dictionary and the seed: equal for streams of the same samples."""
+        """A hash of the dictionary and the seed. Streams of the same samples have the same."""
         return hashlib.sha256(repr((self.dictionary._identity, self.seed)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:

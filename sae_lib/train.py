@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -149,11 +150,12 @@ def train(
                 batch = scaled(mine(batch), run.scale)
                 rate, progress = schedule(run.tokens, size, tokens), run.tokens / tokens
                 run.tokens += size
+                whole_spread = spread(batch.x)
                 for place, (sae, optimiser) in enumerate(zip(saes, optimisers, strict=True)):
                     loss = one_step(sae, optimiser, batch, rate, progress)
                     waiting.append(
                         {"step": step, "tokens": run.tokens, "sae": place, "variant": sae.name}
-                        | measured(sae, batch, loss)
+                        | measured(sae, batch, loss, whole_spread)
                         | {"learning_rate": optimiser.param_groups[0]["lr"]}
                     )
                 bar.update(size)
@@ -302,14 +304,14 @@ def checked_batches(
 
 
 @torch.no_grad()
-def measured(sae: SAE, batch: Batch, loss: Loss) -> dict[str, Tensor]:
-    """One row of the history, still on the device."""
+def measured(sae: SAE, batch: Batch, loss: Loss, whole_spread: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """One row of the history, still on the device; `whole_spread` is that of the batch, the same for all SAEs."""
     alive = loss.code.map(lambda values: (values > 0).to(values.dtype)).sum()
     return {
         "loss": loss.total.detach(),
         **{name: term.detach() for name, term in loss.terms.items()},
         "l0": per_token(alive, len(batch.x)),
-        "fvu": total((batch.x - loss.x_hat.detach()).square().sum()) / spread(batch.x),
+        "fvu": total((batch.x - loss.x_hat.detach()).square().sum()) / whole_spread,
         "dead": sae.dead.float().mean(),
     }
 
