@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lib.cache import cache
+from sae_lib.cache import cache, source_of
 from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch
 from sae_lib.distributed import divided
@@ -228,6 +228,11 @@ class Activations:
     ) -> CachedActivations:
         """Write the activations to `folder`, or open them if they are there; see `sae_lib.cache.cache`."""
         return cache(self, folder, dtype, tokens)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is read: the texts' or inputs' fingerprint and number, the model by a hash of its weights, the site."""
+        return source_of(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the iteration under way stands (the latest one; else, the start), as tensors.

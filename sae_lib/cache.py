@@ -78,7 +78,7 @@ def cache(
         if len(whole) < len(manifest["shards"]) or not manifest["complete"]:
             check_same(folder, {"order": order_of(stream)}, manifest)
             write(stream, folder, manifest | {"shards": whole, "complete": False})
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise ValueError(f"folder must be new, empty or a cache, got {folder}, which is something else; choose another")
     else:
         write(stream, folder, FORMAT | asked | beginning(stream, dtype))

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lib.data import Batch
-from sae_lib.shards import check_hash, dtype_of, fault, mapped, progress, read_manifest
+from sae_lib.shards import Manifest, check_hash, dtype_of, fault, mapped, progress, read_manifest
 
 TOUCHED_BYTES = 2**20
 """Rows whose first words are touched together: what a second-level cache holds."""
@@ -79,10 +79,8 @@ class CachedActivations:
         self.d_in, self.grad, self.dtype = self.manifest["d_in"], self.manifest["grad"], dtype_of(self.manifest)
         self.tokens = sum(shard["rows"] for shard in shards)
         self.fingerprint: str = self.manifest["source"]["fingerprint"]
-        bits = np.int32 if self.dtype == torch.float32 else np.int16
-        self._rows = mapped([self.folder / shard["file"] for shard in shards]).view(bits).reshape(-1, self.d_in)
         self._free: list[np.ndarray] = []  # memory of batches that are gone
-        self._verified = False
+        self._rows: np.ndarray | None = None  # mapped when they have been verified
         self._iteration: weakref.ref[_Epoch] | None = None
         self._resume: dict[str, Tensor] | None = None
 
@@ -94,7 +92,7 @@ class CachedActivations:
         return math.ceil(self.tokens / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._verified:
+        if self._rows is None:
             self.verify()
         iteration, self._resume = _Epoch(self, self._resume), None
         self._iteration = weakref.ref(iteration)
@@ -115,7 +113,13 @@ class CachedActivations:
                     bar.update(shard["bytes"])
             finally:
                 pool.shutdown(cancel_futures=True)
-        self._verified = True
+        bits = np.int32 if self.dtype == torch.float32 else np.int16
+        self._rows = mapped([self.folder / shard["file"] for shard in shards]).view(bits).reshape(-1, self.d_in)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What is read: the hash of the manifest, which has those of all shards."""
+        return {"cache": self.manifest["sha256"]}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the iteration under way stands (the latest one; else, the start), as tensors.
@@ -125,9 +129,7 @@ class CachedActivations:
         if self._resume is not None:
             return dict(self._resume)
         iteration = self._iteration() if self._iteration is not None else None
-        position, seed = (iteration.position, iteration.seed) if iteration else (0, self.seed)
-        identity = torch.tensor(list(bytes.fromhex(self.manifest["sha256"])), dtype=torch.uint8)
-        return {"position": torch.tensor([position, seed]), "cache": identity}
+        return iteration.state_dict() if iteration else state(self.manifest, 0, self.seed)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Let the next `iter()` go on where `state` was taken.
@@ -150,7 +152,7 @@ class CachedActivations:
         """A copy of these rows, in memory that is free again when nobody holds the tensor any more."""
         memory = self._memory(len(numbers))
         lent = memory[: len(numbers)]
-        lost = weakref.finalize(lent, self._free.append, memory)  # the tensor, and every view of it, holds `lent`
+        lost = weakref.finalize(lent, self._keep, memory)  # the tensor, and every view of it, holds `lent`
         lost.atexit = False
         rows, words, first_words = torch.from_numpy(lent), self._rows.reshape(-1), numbers * self.d_in
         count = max(1, TOUCHED_BYTES // self._rows[0].nbytes)
@@ -165,8 +167,13 @@ class CachedActivations:
                 np.take(self._rows, some, axis=0, out=bits, mode="clip")
                 rows[start : start + count] = torch.from_numpy(bits).view(self.dtype)
         if scratch is not None:
-            self._free.append(scratch)
+            self._keep(scratch)
         return rows
+
+    def _keep(self, memory: np.ndarray) -> None:
+        """Keep memory for the batches to come, but not more than they need at once."""
+        if len(self._free) <= 2 * (AHEAD + READERS):
+            self._free.append(memory)
 
     def _memory(self, rows: int) -> np.ndarray:
         """Room for a batch, at an address that is a multiple of 64, without which copies are slower."""
@@ -176,11 +183,17 @@ class CachedActivations:
         return torch.empty(max(rows, self.batch_size), self.d_in).numpy()
 
 
+def state(manifest: Manifest, position: int, seed: int) -> dict[str, Tensor]:
+    """Position in an epoch of a cache, as tensors."""
+    cache = torch.tensor(list(bytes.fromhex(manifest["sha256"])), dtype=torch.uint8)
+    return {"position": torch.tensor([position, seed]), "cache": cache}
+
+
 class _Epoch:
     """One pass over a cache. Its readers do not hold it, so that they end when it is dropped."""
 
     def __init__(self, stream: CachedActivations, state: Mapping[str, Tensor] | None):
-        self.device = stream.device
+        self.device, self.manifest = stream.device, stream.manifest
         self.position, self.seed = (0, stream.seed) if state is None else state["position"].tolist()
         order = torch.randperm(stream.tokens, generator=torch.Generator().manual_seed(self.seed)).numpy()
         self.readers = readers = ThreadPoolExecutor(READERS, thread_name_prefix="sae_lib.cache")
@@ -191,6 +204,10 @@ class _Epoch:
 
     def __iter__(self) -> _Epoch:
         return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `CachedActivations.state_dict`."""
+        return state(self.manifest, self.position, self.seed)
 
     def __next__(self) -> Batch:
         if not self.pending:

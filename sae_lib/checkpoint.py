@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ class Checkpoints:
                 f"{type(stream).__name__} without {', '.join(missing)}; use sae_lib.Activations(model, site, "
                 "inputs=batches), or leave checkpoint= out"
             )
-        self.folder, self.saes, self.stream = Path(folder), saes, stream
+        self.folder, self.saes = Path(folder), saes
+        self.source = stream  # whose position is kept; `train` puts its own iterator here
         self.identity = identity(saes, stream, tokens)
         self.every = max(1, min(EVERY, tokens // PARTS)) if every is None else whole("checkpoint_every", every)
         self.length = tokens
@@ -166,9 +168,12 @@ class Checkpoints:
                 f"{path} must be a checkpoint of this run, but {said}; it was left as it is: pass checkpoint= another "
                 "folder, or what that run had"
             )
-        if differ:
+        if differ and not rank():
             tqdm.write(f"goes on from {path} although {said}", file=sys.stderr)
         self.tokens = saved.counters["tokens"]
+        if not rank():
+            does = "it is finished: returned is what was saved" if saved.finished else "goes on from there"
+            tqdm.write(f"{path} holds this run after {self.tokens:,} tokens; {does}", file=sys.stderr)
         return saved
 
     # Writing ----------------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ class Checkpoints:
                 )
         tensors = tensors_of(self.saes, optimisers)
         if not finished:
-            tensors |= {f"stream.{name}": value for name, value in self.stream.state_dict().items()}
+            tensors |= {f"stream.{name}": value for name, value in self.source.state_dict().items()}
         path = self.folder / f"{counters['tokens']:015d}{'-finished' if finished else ''}"
         trained_on = [sae.trained_on for sae in self.saes]
         run = {"name": path.name, "identity": self.identity, "trained_on": trained_on, "counters": counters}
@@ -213,8 +218,6 @@ class Checkpoints:
             new.rename(path)
             flush(self.folder)
             self.tokens = counters["tokens"]
-            for old in self.all()[:-KEEP]:
-                shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             needed = sum(value.nbytes for value in tensors.values()) / 1e6
             free = shutil.disk_usage(self.folder).free / 1e6 if self.folder.is_dir() else 0
@@ -225,6 +228,10 @@ class Checkpoints:
         finally:
             if new is not None:
                 shutil.rmtree(new, ignore_errors=True)
+        for old in self.all()[:-KEEP]:
+            with suppress(OSError):  # what cannot be removed does no harm
+                hidden = old.rename(old.with_name(f".{old.name}.old"))
+                shutil.rmtree(hidden, ignore_errors=True)
 
     # Stopping ---------------------------------------------------------------------------------------------------------
 
@@ -240,13 +247,14 @@ class Checkpoints:
 
     def asked(self) -> bool:
         """Whether a signal has asked this process, or another of the run, to stop."""
-        self.interruption.signal = greatest(self.interruption.signal or 0) or None
-        return self.interruption.signal is not None
+        if found := greatest(self.interruption.signal or 0):
+            self.interruption.signal = found
+        return bool(found)
 
     def stop(self) -> None:
         """Stop, if a signal has asked for it: KeyboardInterrupt, or for SIGTERM exit with status 143."""
-        self.asked()
-        self.interruption.act(f"stopped as asked; {self.safe()}; the same call goes on from there")
+        if self.asked():
+            self.interruption.act(f"stopped as asked; {self.safe()}; the same call goes on from there")
 
 
 def read(path: Path) -> Saved:

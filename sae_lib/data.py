@@ -299,25 +299,19 @@ class PlantedStream:
         return hashlib.sha256(repr((self.dictionary._identity, self.seed)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._generator = self._started()
-        self._resume = None
-        return self._batches(self._generator)
+        iteration, self._resume = _Samples(self, self._started()), None
+        self._generator = iteration.generator
+        return iteration
 
     def _started(self) -> torch.Generator:
         """The generator of the next iteration."""
         generator = _generator("samples", self.seed, device=self.dictionary.device)
         return generator if self._resume is None else generator.set_state(self._resume)
 
-    def _batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        while True:
-            x, coefficients = self.dictionary.sample(self.batch_size, generator)
-            yield Batch(x, truth=coefficients)
-
     def state_dict(self) -> dict[str, Tensor]:
         """Where the latest iteration stands (else, the start), as tensors; see `Activations.state_dict`."""
         generator = self._generator if self._resume is None and self._generator else self._started()
-        fingerprint = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.uint8)
-        return {"generator": generator.get_state(), "fingerprint": fingerprint}
+        return _Samples(self, generator).state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Let the next `iter()` go on where `state` was taken, with the same bits.
@@ -328,6 +322,25 @@ class PlantedStream:
         if bytes(state["fingerprint"].tolist()).hex() != self.fingerprint:
             raise ValueError("state must be that of a stream of the same dictionary and seed, got another: pass these")
         self._resume = state["generator"].clone()
+
+
+class _Samples:
+    """One iteration over a stream of samples."""
+
+    def __init__(self, stream: PlantedStream, generator: torch.Generator):
+        self.stream, self.generator = stream, generator
+
+    def __iter__(self) -> _Samples:
+        return self
+
+    def __next__(self) -> Batch:
+        x, coefficients = self.stream.dictionary.sample(self.stream.batch_size, self.generator)
+        return Batch(x, truth=coefficients)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `PlantedStream.state_dict`."""
+        fingerprint = torch.tensor(list(bytes.fromhex(self.stream.fingerprint)), dtype=torch.uint8)
+        return {"generator": self.generator.get_state(), "fingerprint": fingerprint}
 
 
 def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -225,9 +225,10 @@ class SAE(nn.Module, ABC):
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `SAE.save` wrote this folder."""
+    """Whether `SAE.save` wrote this folder, and nobody put anything else into it."""
     try:
-        return json.loads((path / "config.json").read_text())["format"] == FORMAT["format"]
+        alone = {part.name for part in path.iterdir()} == {"config.json", "weights.safetensors"}
+        return alone and json.loads((path / "config.json").read_text())["format"] == FORMAT["format"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} must be as it was written, but its sha256 is not its own: it was edited or damaged; copy it anew, "
             "or write the cache again in another folder"
         )
+    row_bytes = math.prod(row_shape(manifest)) * dtype_of(manifest).itemsize
+    for shard in manifest["shards"]:
+        if (
+            not re.fullmatch(r"\d{5,}\.safetensors", shard["file"])
+            or shard["bytes"] != HEADER_BYTES + shard["rows"] * row_bytes
+        ):
+            raise ValueError(
+                f"{path} must name shards of {row_bytes} bytes a row in its own folder, got {shard}; write the cache "
+                "again in another folder"
+            )
     return manifest
 
 

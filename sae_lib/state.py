@@ -18,12 +18,14 @@ SETTINGS = ("site", "d_in", "batch_size", "seed", "grad", "buffer_size", "forwar
 def identity(saes: Sequence[SAE], stream: Any, tokens: int) -> dict[str, Any]:
     """What makes a run this run and no other, as JSON values.
 
-    Left out, because it would cost as much as reading them: the weights that the model and the SAEs came with.
+    A stream's `identity`, where it has one, tells what it reads. Left out are the weights that the SAEs came with: the
+    same call goes on, whatever they are by then.
     """
     found = {
         "saes": [
             {
                 "variant": sae.name,
+                "class": f"{type(sae).__module__}.{type(sae).__qualname__}",
                 "config": sae.config(),
                 "learning_rate": sae.learning_rate,
                 "betas": sae.betas,
@@ -35,9 +37,9 @@ def identity(saes: Sequence[SAE], stream: Any, tokens: int) -> dict[str, Any]:
         "tokens": tokens,
         "stream": {
             "type": type(stream).__name__,
-            "model": str(getattr(getattr(stream, "model", None), "name", None)),
             "fingerprint": stream.fingerprint,
             **{name: getattr(stream, name) for name in SETTINGS if hasattr(stream, name)},
+            **getattr(stream, "identity", {}),
         },
         "versions": {"torch": torch.__version__.split("+")[0]},
     }

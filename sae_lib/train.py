@@ -116,8 +116,13 @@ def train(
     saved = None if checkpoints is None else checkpoints.newest()
 
     began = time.perf_counter()
+    if saved is not None and not saved.finished:
+        stream.load_state_dict(saved.stream)
+    source = stream if isinstance(stream, Tensor) or (saved and saved.finished) else iter(stream)
+    if checkpoints is not None and hasattr(source, "state_dict"):
+        checkpoints.source = source  # others may iterate over the stream while it is trained on
     if saved is None:
-        batches = checked_batches(stream, saes, tokens)
+        batches = checked_batches(source, saes, tokens)
         first = list(islice(batches, SCALE_BATCHES))
         if not first:
             raise ValueError("the stream must yield at least one batch, got none; is it an iterator that was used up?")
@@ -128,8 +133,7 @@ def train(
         began -= run.seconds
         batches = iter(())
         if not saved.finished:
-            stream.load_state_dict(saved.stream)
-            batches = checked_batches(stream, saes, tokens, run.tokens, run.next_step)
+            batches = checked_batches(source, saes, tokens, run.tokens, run.next_step)
         first = list(islice(batches, 1))
     optimisers = []
     for sae in saes:

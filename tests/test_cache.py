@@ -655,3 +655,42 @@ def test_training_reads_a_cache_and_evaluation_refuses_what_was_trained_on(model
 def test_it_says_what_it_is(tmp_path):
     stream = cache(Rows(), tmp_path / "here", torch.bfloat16, tokens=TOKENS)
     assert "here', d_in=256, tokens=200, dtype=torch.bfloat16, batch_size=16, seed=0, grad=False)" in repr(stream)
+
+
+def test_what_was_repaired_is_what_is_read(tmp_path):
+    stream = cache(Rows(), tmp_path, tokens=TOKENS)
+    path = tmp_path / "00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="00001"):
+        next(iter(stream))
+    path.unlink()
+    path.write_bytes(whole)  # another file of the same name
+    assert torch.equal(in_order(stream), Rows().x)
+
+
+def test_memory_of_batches_that_were_held_is_given_back(tmp_path):
+    stream = cache(Rows(), tmp_path, tokens=TOKENS)
+    stream.batch_size = 4
+    held = list(stream)
+    assert len(held) == 50
+    del held
+    gc.collect()
+    assert len(stream._free) < 20
+
+
+def test_hidden_files_are_not_something_else(tmp_path):
+    (tmp_path / ".manifest.json.77.part").write_text("{")
+    (tmp_path / ".DS_Store").write_text("")
+    assert numbers_of(cache(Rows(), tmp_path, tokens=TOKENS)).sort().values.tolist() == list(range(TOKENS))
+
+
+@pytest.mark.parametrize("change", [{"file": "../00000.safetensors"}, {"rows": 10**6}])
+def test_a_manifest_names_only_shards_of_its_own_folder_and_size(change, tmp_path):
+    cache(Rows(), tmp_path, tokens=TOKENS)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0] |= change
+    manifest["sha256"] = shards.own_hash(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="must name shards"):
+        CachedActivations(tmp_path)

@@ -173,3 +173,11 @@ def test_whole_states_rule_and_value(value, message, as_a_user):
 def test_the_total_is_the_sum_of_the_terms():
     terms = {"a": torch.tensor(1.0), "b": torch.tensor(2.5)}
     assert Loss(terms, Code.from_dense(torch.zeros(1, 1)), torch.zeros(1, 1)).total == 3.5
+
+
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path):
+    identity_sae().save(tmp_path / "sae")
+    (tmp_path / "sae/checkpoint").mkdir()
+    with pytest.raises(ValueError, match="holds something else"):
+        identity_sae().save(tmp_path / "sae")
+    assert (tmp_path / "sae/checkpoint").is_dir()
