@@ -141,12 +141,13 @@ def best_of_rows(
 
     The k-th largest of the groups' maxima is a bound from below on the k-th largest entry.
     """
-    each = torch.full((len(a),), k, device=a.device) if isinstance(k, int) else k
+    alike = isinstance(k, int)
+    each = torch.full((len(a),), k, device=a.device) if alike else k
     most = max(1, int(each.max()))
 
     def bound(maxima: Tensor, error: Tensor, rows: slice) -> Tensor:
-        best = maxima.topk(most, dim=1).values
-        kth = best.gather(1, (each[rows, None] - 1).clamp(min=0)).squeeze(1)
+        best = maxima.topk(most, dim=1, sorted=not alike).values
+        kth = best.amin(1) if alike else best.gather(1, (each[rows, None] - 1).clamp(min=0)).squeeze(1)
         return torch.maximum(kth - ROUNDING * kth.abs() - error, floor[rows] + NOTHING) - error
 
     found = candidates(a, b, bias, bound, float(each.sum()), groups=2 * most)
