@@ -25,7 +25,7 @@ def identity(saes: Sequence[SAE], stream: Any, tokens: int) -> dict[str, Any]:
         "saes": [
             {
                 "variant": sae.name,
-                "class": f"{type(sae).__module__}.{type(sae).__qualname__}",
+                "class": type(sae).__qualname__,
                 "config": sae.config(),
                 "learning_rate": sae.learning_rate,
                 "betas": sae.betas,

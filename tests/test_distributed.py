@@ -34,6 +34,7 @@ from sae_lib.distributed import (
     per_token,
     rank,
 )
+from sae_lib.sae import spread
 from sae_lib.selection import top_of_columns
 from sae_lib.sparse import DenseCode
 from sae_lib.train import adam, measured, one_step
@@ -99,7 +100,7 @@ def stepped(name, dtype, sizes, dead=20):
     for step, size in enumerate(sizes):
         batch = mine(Batch(tokens(size, dtype=dtype, seed=step)))
         loss = one_step(sae, optimiser, batch, 1.0, step / len(sizes))
-        rows.append({key: float(value) for key, value in measured(sae, batch, loss).items()})
+        rows.append({key: float(value) for key, value in measured(sae, batch, loss, spread(batch.x)).items()})
     return {key: value.detach().numpy() for key, value in sae.state_dict().items()}, rows
 
 

@@ -74,7 +74,7 @@ def test_peak_counts_what_a_step_held_and_gave_back(monkeypatch):
     with pytest.raises(SystemExit):
         next(meter)
     first, second = (json.loads(line)["peak"] for line in channel.getvalue().splitlines())
-    assert first > 2**28
+    assert first > 0.9 * 2**28  # some of what was there before may be given back
     assert second < 2**27
 
 
