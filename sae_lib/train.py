@@ -368,5 +368,5 @@ def progress_bar(total: int, done: int) -> tqdm:
         unit_scale=True,
         mininterval=0.2 if terminal or notebook else 10,
         leave=not notebook,
-        disable=rank() > 0,
+        **({"disable": True} if rank() else {}),  # else the environment's TQDM_DISABLE counts
     )

@@ -1,5 +1,9 @@
 """The loop: order, units, schedules, and what it refuses."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -198,3 +202,13 @@ def test_the_public_names_are_there():
     assert {"train", "evaluate", "load", "load_model", "load_texts", "Activations", "VARIANTS", "metrics"} <= set(
         dir(sae_lib)
     )
+
+
+def test_the_environment_may_switch_the_bar_off():
+    script = "from sae_lib.train import progress_bar; print(progress_bar(10, 0).disable)"
+    command = [sys.executable, "-c", script]
+    for value, expected in (("1", "True"), ("", "False")):
+        ran = subprocess.run(
+            command, env=os.environ | {"TQDM_DISABLE": value}, capture_output=True, text=True, check=True
+        )
+        assert ran.stdout.strip() == expected
