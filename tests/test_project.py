@@ -51,6 +51,7 @@ ORDER = [
     "checkpoint",
     "train",
     "metrics",
+    "results",
     "experiments",
     "claims",
     "formats",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from sae_lib import results
+
+ROOT = results.ROOT
 BATCH, K = 4096, 32
 KEY = ("work", "library", "variant", "d_in", "d_sae", "k", "batch", "threads")
 """What tells rows apart: a new measurement replaces the row with the same."""
@@ -38,31 +37,8 @@ def megabytes(count: int) -> float:
 
 def provenance() -> dict[str, object]:
     """What a row must say about where it comes from."""
-
-    def git(*arguments: str) -> str:
-        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return ran.stdout.strip()
-
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "sae_lib").rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "sae_lib", "tests/peers")),
-        "sae_lib_sha256": digest.hexdigest(),
-        "device": processor(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def processor() -> str:
-    """The processor in words: its name, its cores, and which fast 16-bit arithmetic it has."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*: (.+)", text)
-    flags = set(re.search(r"flags\s*: (.+)", text)[1].split()) if "flags" in text else set()
-    fast = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {' '.join(fast) or 'no fast bf16'}"
+    made = {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    return results.provenance("tests/peers") | made
 
 
 def read(path: Path) -> list[dict]:
