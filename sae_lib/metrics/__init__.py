@@ -1,5 +1,6 @@
 """What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
 
+from sae_lib.metrics.attribution import ablation, attribution, integrated_gradients
 from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.polysemanticity import (
     effective_features,
