@@ -7,8 +7,9 @@ INSTALLED := .venv/installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d
 BOOKFLAGS ?=
 BENCHFLAGS ?=
 PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
+PARITY := sae-bench
 
-.PHONY: book test stress bench clean
+.PHONY: book test stress bench parity clean
 
 book: $(INSTALLED)  ## execute every chapter and render the book to _build/html; BOOKFLAGS="-W -n --keep-going" makes warnings errors
 	$(BIN)/python book/build.py $(BOOKFLAGS)
@@ -22,6 +23,9 @@ stress: $(INSTALLED)  ## what make test does a few times, many times: a training
 
 bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
 	PYTHONPATH=tests $(BIN)/python -m peers.bench $(BENCHFLAGS)
+
+parity: $(INSTALLED) $(PARITY:%=_build/peers/%/installed)  ## our metrics on other libraries' inputs, computed anew in their own environments
+	PYTHONPATH=tests $(BIN)/python -m peers.parity
 
 clean:  ## forget what was built; the installed packages stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

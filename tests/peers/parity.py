@@ -1,0 +1,89 @@
+"""Whether our metrics give what other libraries' own functions give, on the same inputs: ``make parity``.
+
+The file of a library (`sae_bench`) runs in that library's environment and writes inputs and outputs to a file. Such a
+file is kept in ``tests/fixtures``, and ``tests/metrics/test_<library>.py`` compares with it wherever tests run. Here it
+is written anew, to ``_build/parity``, and compared with the one that is kept; then the same tests run on the new one.
+If the library has changed its mind, and it is us who should follow, copy the new file over the kept one.
+
+To add a library: its file here, its tests there, a line in `LIBRARIES`, its name in the Makefile.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+KEPT, NEW = ROOT / "tests/fixtures", ROOT / "_build/parity"
+CHOSEN = "SAE_LIB_PARITY"
+"""The environment variable that names the folder whose files tests read, in place of `KEPT`."""
+LIBRARIES = {"sae_bench": "sae-bench"}
+"""File and environment of each library."""
+TOLERANCE = 1e-6
+
+
+def recorded(library: str, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a library was given and what it computed, by name; and the versions it did so with."""
+    path = Path(folder or os.environ.get(CHOSEN, KEPT)) / f"{library}.safetensors"
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def record(library: str) -> None:
+    """Let the library compute anew.
+
+    Raises:
+        subprocess.CalledProcessError: if it cannot; what it said is on standard error.
+    """
+    NEW.mkdir(parents=True, exist_ok=True)
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    subprocess.run(
+        [
+            ROOT / f"_build/peers/{LIBRARIES[library]}/bin/python",
+            "-m",
+            f"peers.{library}",
+            NEW / f"{library}.safetensors",
+        ],
+        cwd=ROOT / "tests",
+        env=os.environ | quiet | {"PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def differences(kept: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
+    """Where two records differ by more than `TOLERANCE`, a line each."""
+    found = [f"{name} is only in one of the two" for name in kept.keys() ^ new.keys()]
+    for name in kept.keys() & new.keys():
+        a, b = kept[name].double(), new[name].double()
+        if a.shape != b.shape:
+            found.append(f"{name} had shape {tuple(a.shape)}, now has {tuple(b.shape)}")
+        elif not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+            found.append(f"{name} differs by up to {(a - b).abs().max():.2g}")
+    return sorted(found)
+
+
+def main() -> None:
+    failed = False
+    for library in LIBRARIES:
+        record(library)
+        (kept, before), (new, now) = recorded(library, KEPT), recorded(library, NEW)
+        changed = differences(kept, new)
+        print(f"{library}: {len(new)} tensors written anew, {len(changed)} differ from those kept")
+        print("\n".join(changed + [f"  {name}: {before.get(name)} -> {now[name]}" for name in now]))
+        tests = ROOT / f"tests/metrics/test_{library}.py"
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "--quiet", tests], cwd=ROOT, env=os.environ | {CHOSEN: str(NEW)}
+        )
+        failed |= bool(changed or ran.returncode)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
