@@ -27,3 +27,10 @@ from sae_lib.metrics.reconstruction import (
     relative_reconstruction_bias,
 )
 from sae_lib.metrics.recovery import cosines, latent_f1, mcc, mmcs, recovery_rate, uniqueness
+from sae_lib.metrics.sparse_probing import (
+    SparseProbing,
+    labelled_texts,
+    pooled,
+    sparse_probe_accuracy,
+    strongest_latents,
+)
