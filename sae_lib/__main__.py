@@ -140,6 +140,40 @@ def described(text: str) -> tuple[type[sae_lib.SAE], dict[str, Any]]:
 
 
 @app.command()
+def reproduce(
+    chapter: Annotated[str, typer.Argument(help="A chapter of book/experiments.yml.")],
+    scale: Annotated[str, typer.Option(help="smoke, pocket or paper.")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="The first so many; by default, as described.")] = None,
+    jobs: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts, beside other processes.")] = "1/1",
+) -> None:
+    """Run a chapter's experiments into book/results; what is there is not run again, what was stopped goes on.
+
+    python -m sae_lib reproduce comparison --scale pocket
+
+    python -m sae_lib reproduce comparison --scale pocket --jobs 1/2 & python -m sae_lib reproduce comparison --scale pocket --jobs 2/2
+    """
+    from sae_lib.reproduce import reproduce
+    from sae_lib.results import file_of
+
+    try:
+        part, slash, parts = jobs.partition("/")
+        if not (slash and part.isdigit() and parts.isdigit()):
+            raise ValueError(f"jobs must be I/N, such as 1/2, got {jobs!r}")
+        added, missed = reproduce(chapter, scale, seeds, (int(part), int(parts)))
+        typer.echo(f"{file_of(chapter, scale)}  {added} rows added")
+        for line in missed:
+            typer.secho(f"no row: {line}", err=True, fg="red")
+        if missed:
+            raise typer.Exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        typer.secho("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def pocket(
     out: Annotated[Path, typer.Option(help="Folder for the texts and the model.")] = ASSETS,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 30_000_000,

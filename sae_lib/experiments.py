@@ -1,0 +1,205 @@
+"""A chapter's comparison is data, and one command runs it: ``python -m sae_lib reproduce <chapter> --scale <scale>``.
+
+``book/experiments.yml`` has, below ``grounds``, a name for each ground, and for each chapter its experiments:
+
+    <experiment>:
+      version: raised when its meaning changes
+      ground: name of a ground
+      settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
+      saes: {label: {variant, its arguments, and control, if it is one}}
+      measures: names of `sae_lib.measures`
+      repeats: how often each is repeated with another seed of its own
+      scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
+
+An argument that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched for, until the
+measured held-out L0 lies within 3% of the target (`sae_lib.matching`). All SAEs of a seed are trained on one stream, in
+one order of the data. `sae_lib.reproduce` runs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae_lib.matching import SLOPES, Search
+from sae_lib.measures import MEASURES
+from sae_lib.results import ROOT, ResultsError, Row, read, sha256_of
+from sae_lib.sae import SAE
+from sae_lib.saes import VARIANTS
+from sae_lib.saes.controls import freeze, untrained
+
+DESCRIPTIONS = ROOT / "book" / "experiments.yml"
+SCALES = ("smoke", "pocket", "paper")
+NEEDED = ("version", "ground", "saes", "measures", "tokens", "seeds")
+OPTIONAL = {"settings": [{}], "repeats": 3}
+CONTROLS: dict[str, Callable[[SAE], SAE]] = {
+    "untrained": untrained,
+    "frozen decoder": lambda sae: freeze(sae, "W_dec"),
+    "frozen encoder": lambda sae: freeze(sae, "W_enc", "b_enc"),
+}
+"""What is done to an SAE before its training; ``pca`` is another: components in place of an SAE."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One SAE of an experiment at one setting, to be trained with each seed.
+
+    Attributes:
+        label: its name in tables and figures.
+        setting: a point of the grid.
+        configuration: everything that its rows depend on, but the seed.
+    """
+
+    label: str
+    setting: dict[str, Any]
+    configuration: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return self.configuration["tokens"]
+
+    @property
+    def search(self) -> tuple[str, Search] | None:
+        """The argument that is searched for, if there is one, and a new search for it."""
+        for name, value in self.configuration["arguments"].items():
+            if isinstance(value, dict):
+                if set(value) != {"match", "start"}:
+                    raise ValueError(f"what is searched for must be {{match: L0, start: guess}}, got {value}")
+                return name, Search(value["match"], value["start"], SLOPES.get(name, -1.0))
+        return None
+
+    def make(self, d_in: int, seed: int, found: dict[str, float]) -> SAE:
+        """The SAE before training, with what was found in place of what is searched for."""
+        arguments = self.configuration["arguments"] | found
+        sae = VARIANTS[self.configuration["variant"]](d_in=d_in, seed=seed, **arguments)
+        control = self.configuration["control"]
+        return CONTROLS[control](sae) if control else sae
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained and measured together. See the head of this file."""
+
+    chapter: str
+    name: str
+    scale: str
+    version: int
+    ground: dict[str, Any]
+    seeds: int
+    measures: tuple[str, ...]
+    repeats: int
+    saes: tuple[Planned, ...] = field(repr=False)
+
+
+# What is asked for ----------------------------------------------------------------------------------------------------
+
+
+def described(path: Path | None = None) -> dict[str, Any]:
+    """The content of ``experiments.yml``."""
+    import yaml
+
+    return yaml.safe_load((path or DESCRIPTIONS).read_text(encoding="utf-8"))
+
+
+def experiments(chapter: str, scale: str, path: Path | None = None) -> list[Experiment]:
+    """The experiments of a chapter at a scale, in their order.
+
+    Raises:
+        ValueError: there is no such chapter or scale, or a description is not as the head of this file says.
+    """
+    content = described(path)
+    chapters = [name for name in content if name != "grounds"]
+    if chapter not in chapters:
+        near = ", ".join(difflib.get_close_matches(chapter, chapters)) or ", ".join(chapters)
+        raise ValueError(f"chapter must be one of {', '.join(chapters)}, got {chapter!r}; nearest: {near}")
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    found = []
+    for name, parts in content[chapter].items():
+        if scale in parts["scales"]:
+            try:
+                whole = OPTIONAL | {k: v for k, v in parts.items() if k != "scales"} | parts["scales"][scale]
+                found.append(experiment(chapter, name, scale, whole, content["grounds"]))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{chapter}/{name} at scale {scale}: {error}") from error
+    return found
+
+
+def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], grounds: dict[str, Any]) -> Experiment:
+    """One experiment, from what its description says at one scale."""
+    if missing := [part for part in NEEDED if part not in parts]:
+        raise ValueError(f"an experiment must have {', '.join(NEEDED)}, got none of {', '.join(missing)}")
+    if unknown := set(parts) - set(NEEDED) - set(OPTIONAL):
+        raise ValueError(f"an experiment has {', '.join([*NEEDED, *OPTIONAL])}, got {', '.join(sorted(unknown))}")
+    if parts["ground"] not in grounds:
+        raise ValueError(f"ground must be one of {', '.join(grounds)}, got {parts['ground']!r}")
+    if strange := set(parts["measures"]) - set(MEASURES):
+        raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {', '.join(sorted(strange))}")
+    shared = {
+        "experiment": f"{chapter}/{name}",
+        "version": parts["version"],
+        "ground": grounds[parts["ground"]],
+        "measures": parts["measures"],
+        "repeats": parts["repeats"],
+    }
+    saes = tuple(
+        planned(label, asked, setting, shared | {"tokens": parts["tokens"]})
+        for setting in parts["settings"]
+        for label, asked in parts["saes"].items()
+    )
+    scaled = {"version": parts["version"], "seeds": parts["seeds"], "repeats": parts["repeats"]}
+    measures = tuple(parts["measures"])
+    return Experiment(chapter, name, scale, ground=shared["ground"], measures=measures, saes=saes, **scaled)
+
+
+def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: dict[str, Any]) -> Planned:
+    """One SAE at one setting: names of settings replaced by their values, arguments checked."""
+
+    def valued(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: valued(inner) for name, inner in part.items()}
+        return setting.get(part, part) if isinstance(part, str) else part
+
+    parts = {name: valued(part) for name, part in asked.items()}
+    variant, control = parts.pop("variant", None), parts.pop("control", None)
+    tokens = parts.pop("tokens", shared["tokens"])
+    if variant not in (*VARIANTS, "pca"):
+        raise ValueError(f"variant of {label} must be one of {', '.join(VARIANTS)}, pca, got {variant!r}")
+    if control not in (None, *CONTROLS):
+        raise ValueError(f"control of {label} must be one of {', '.join(CONTROLS)}, got {control!r}")
+    known = {"rank"} if variant == "pca" else set(inspect.signature(VARIANTS[variant]).parameters) - {"d_in", "seed"}
+    if strange := set(parts) - known:
+        raise ValueError(f"{label} takes {', '.join(sorted(known))}, got {', '.join(sorted(strange))}")
+    arguments = {name: value for name, value in setting.items() if name in known} | parts
+    own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments}
+    made = Planned(label, setting, shared | own)
+    made.search  # noqa: B018 — its own checks
+    return made
+
+
+# Reading what was run -------------------------------------------------------------------------------------------------
+
+
+def rows(chapter: str, scale: str = "pocket", folder: Path | None = None, path: Path | None = None) -> list[Row]:
+    """The rows of a chapter's results that were made with the descriptions as they are now; see `results.read`.
+
+    Raises:
+        ResultsError: there are no results, they cannot be read, or none has a configuration that is asked for now.
+    """
+    asked = {
+        (one.name, one.version, sha256_of(sae.configuration))
+        for one in experiments(chapter, scale, path)
+        for sae in one.saes
+    }
+    read_rows = read(chapter, scale, folder)
+    current = [row for row in read_rows if (row["experiment"], row["version"], row["configuration_sha256"]) in asked]
+    if not current:
+        raise ResultsError(
+            f"results of {chapter} at scale {scale} must be of the configurations that experiments.yml asks for, got "
+            f"{len(read_rows)} rows of others; to make them: python -m sae_lib reproduce {chapter} --scale {scale}"
+        )
+    return current

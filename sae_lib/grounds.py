@@ -1,0 +1,149 @@
+"""What an experiment stands on: activations to train on, and held-out ones to measure on, for each seed.
+
+A ground is a line of ``book/experiments.yml``: a planted world, whose every seed is another dictionary with other
+samples, or a site of a language model, where a seed is another order of the same texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lib.activations import Activations
+from sae_lib.cached import CachedActivations
+from sae_lib.data import Batch, PlantedDictionary, PlantedStream, load_texts
+from sae_lib.metrics.evaluation import rows
+from sae_lib.models import load_model
+from sae_lib.sae import whole
+
+CACHES = Path(__file__).parent.parent / "_build" / "activations"
+KEPT = 8
+"""So many of the things that were prepared last are kept."""
+
+
+class Ground:
+    """Streams of a seed, and whatever is prepared once for all SAEs."""
+
+    d_in: int
+    held: int
+    """Held-out rows of one measurement."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple, Any] = {}
+
+    def prepared(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for a key."""
+        if key not in self._prepared:
+            self._prepared[key] = make()
+            for old in list(self._prepared)[:-KEPT]:
+                del self._prepared[old]
+        return self._prepared[key]
+
+    def rows(self, seed: int, repeat: int) -> Float[Tensor, "held d_in"]:
+        """The held-out activations of a measurement."""
+        stream = self.held_out(seed, repeat)
+        return self.prepared(("rows", seed, repeat), lambda: torch.cat(list(rows(stream, self.held))))
+
+    def stream(self, seed: int) -> Iterable[Batch]:
+        """To train on."""
+        raise NotImplementedError
+
+    def held_out(self, seed: int, repeat: int) -> Iterable[Batch]:
+        """To measure on; another repetition has other rows."""
+        raise NotImplementedError
+
+
+class PlantedGround(Ground):
+    """A `PlantedDictionary`; the seed draws its directions and the samples.
+
+    Args:
+        planted: arguments of `PlantedDictionary`, without its seed.
+        batch_size: samples in a training step.
+        held: held-out samples of one measurement.
+    """
+
+    def __init__(self, planted: dict[str, Any], batch_size: int, held: int):
+        super().__init__()
+        self.planted, self.batch_size = planted, whole("batch_size", batch_size)
+        self.d_in, self.held = planted["d_in"], whole("held", held)
+
+    def dictionary(self, seed: int) -> PlantedDictionary:
+        """The world of a seed."""
+        return self.prepared(("dictionary", seed), lambda: PlantedDictionary(**self.planted, seed=seed))
+
+    def stream(self, seed: int) -> PlantedStream:
+        """To train on."""
+        return self.dictionary(seed).batches(self.batch_size, seed=seed)
+
+    def held_out(self, seed: int, repeat: int) -> PlantedStream:
+        """Samples with seeds of their own: 1,000 and above, which no training has."""
+        return self.dictionary(seed).batches(self.held, seed=1000 * (seed + 1) + repeat)
+
+
+class LanguageGround(Ground):
+    """A site of a language model; the seed is the order of the training texts, which are the same for all.
+
+    Args:
+        model: what `load_model` takes.
+        site: where the activations are read.
+        texts: what `load_texts` takes; trained on is the split ``train``, measured on ``test``.
+        batch_size: tokens in a training step.
+        held: held-out tokens of one measurement.
+        limit: at most so many texts of a split; the Hub needs it.
+        cache: write the training activations to disk first, and read them from there in every training.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        site: str,
+        texts: str,
+        batch_size: int,
+        held: int,
+        limit: int | None = None,
+        cache: bool = False,
+    ):
+        super().__init__()
+        self.model, self.site = load_model(model), site
+        self.texts = {split: load_texts(texts, split=split, limit=limit) for split in ("train", "test")}
+        self.batch_size, self.held, self.cache = whole("batch_size", batch_size), whole("held", held), cache
+        self.d_in = self.model.width(site)
+
+    def stream(self, seed: int) -> Activations | CachedActivations:
+        """To train on."""
+        if not self.cache:
+            options = {"texts": self.texts["train"], "batch_size": self.batch_size, "seed": seed}
+            return Activations(self.model, self.site, **options)
+        stream = Activations(self.model, self.site, texts=self.texts["train"], batch_size=self.batch_size)
+        name = hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        cached = stream.cache(CACHES / name)
+        cached.seed = seed
+        return cached
+
+    def held_out(self, seed: int, repeat: int) -> Activations:
+        """Texts that no training sees, the same for all seeds; a repetition begins with others of them."""
+        options = {"texts": self.texts["test"], "batch_size": self.batch_size, "seed": repeat}
+        return Activations(self.model, self.site, **options)
+
+
+def ground(described: dict[str, Any]) -> Ground:
+    """The ground that a line of ``experiments.yml`` describes.
+
+    Raises:
+        ValueError: it has neither ``planted`` nor ``model``, or an argument that its kind does not take.
+    """
+    kinds = {"planted": PlantedGround, "model": LanguageGround}
+    for name, kind in kinds.items():
+        if name in described:
+            try:
+                return kind(**described)
+            except TypeError as error:
+                raise ValueError(f"a ground of kind {name} must have its arguments, got {described}: {error}") from None
+    raise ValueError(f"a ground must have the key {' or '.join(kinds)}, got {', '.join(described) or 'none'}")

@@ -1,0 +1,202 @@
+"""Running a chapter's experiments: trainings, searches and measurements, none of them lost and none done twice.
+
+A unit of work is an experiment and a seed: its SAEs are trained together, searched coefficients until they are found,
+then measured, and their rows added to the results file in one move. Until then everything that was done is kept below
+``_build/experiments``: trainings as checkpoints (`sae_lib.checkpoint`), measurements as they came. A run that is
+stopped at any point, by SIGKILL too, goes on there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from tqdm.auto import tqdm
+
+from sae_lib.experiments import Experiment, Planned, experiments
+from sae_lib.grounds import Ground, ground
+from sae_lib.matching import measured_l0
+from sae_lib.measures import MEASURES
+from sae_lib.pocket.provenance import write_json
+from sae_lib.results import ROOT, Row, append, environment, file_of, key, library_sha256, load, sha256_of
+from sae_lib.sae import SAE, whole
+from sae_lib.saes.controls import pca
+from sae_lib.train import train
+
+WORK = ROOT / "_build" / "experiments"
+
+
+def reproduce(
+    chapter: str,
+    scale: str,
+    seeds: int | None = None,
+    job: tuple[int, int] = (1, 1),
+    folder: Path | None = None,
+    path: Path | None = None,
+) -> tuple[int, list[str]]:
+    """Train and measure what a chapter's experiments ask for and its results file does not have.
+
+    Args:
+        chapter: a chapter of ``experiments.yml``.
+        scale: smoke, pocket or paper.
+        seeds: the first so many; as described, if None.
+        job: ``(i, n)``: only the i-th of n parts of the pairs of experiment and seed, so that n processes share the
+            work; all of them may write to one file.
+        folder: of the results; ``book/results``, if None.
+        path: of the descriptions; ``book/experiments.yml``, if None.
+
+    Returns:
+        How many rows were added; and, for each SAE without a row, because its L0 missed the target, the reason.
+
+    Raises:
+        ValueError: for a chapter, scale or description that is wrong, or a results file that cannot be read.
+    """
+    part, parts = job
+    if not 1 <= part <= parts:
+        raise ValueError(f"jobs must be i/n with i from 1 to n, got {part}/{parts}")
+    asked = experiments(chapter, scale, path)
+    pairs = [(one, seed) for one in asked for seed in range(one.seeds if seeds is None else whole("seeds", seeds))]
+    content = load(file_of(chapter, scale, folder)) or {"rows": []}
+    known = {key(row) for row in content["rows"]}
+    todo = []
+    for one, seed in pairs[part - 1 :: parts]:
+        saes = [sae for sae in one.saes if (one.name, one.version, sha256_of(sae.configuration), seed) not in known]
+        todo += [(one, seed, saes)] if saes else []
+    added, missed, stand = 0, [], {}
+    with tqdm(total=sum(len(saes) for *_, saes in todo), unit="SAE", desc=f"{chapter}, {scale}") as bar:
+        for one, seed, saes in todo:
+            if one.ground not in stand.values():
+                stand = {"on": one.ground, "ground": ground(one.ground)}  # one at a time: a model may be large
+            asked_now = sha256_of([library_sha256(), *(sae.configuration for sae in saes)])
+            work = WORK / f"{chapter}-{one.name}-{seed}-{asked_now}"
+            rows, without = run(one, seed, saes, stand["ground"], work)
+            append(chapter, scale, rows, folder)
+            shutil.rmtree(work, ignore_errors=True)
+            added, missed = added + len(rows), missed + without
+            bar.update(len(saes))
+    return added, missed
+
+
+@dataclass
+class Trained:
+    """A trained SAE, what was found by a search, and the seconds that it took."""
+
+    planned: Planned
+    sae: SAE
+    found: dict[str, float]
+    seconds: float
+
+
+def run(one: Experiment, seed: int, saes: Sequence[Planned], ground: Ground, work: Path) -> tuple[list[Row], list[str]]:
+    """The rows of one seed. All that is done is kept in `work`, so that nothing is done twice if this is stopped."""
+    trained, missed = train_all(saes, seed, ground, work)
+    rows = []
+    for made, (metrics, noise, seconds) in zip(trained, measure_all(one, seed, trained, ground, work), strict=True):
+        rows.append(
+            {
+                "experiment": one.name,
+                "version": one.version,
+                "sae": made.planned.label,
+                "seed": seed,
+                "setting": made.planned.setting,
+                "metrics": metrics,
+                "noise": noise,
+                "found": made.found,
+                "seconds": round(made.seconds + seconds, 2),
+                "date": time.strftime("%Y-%m-%d"),
+                "configuration": made.planned.configuration,
+                "environment": environment(),
+            }
+        )
+    return rows, missed
+
+
+def train_all(saes: Sequence[Planned], seed: int, ground: Ground, work: Path) -> tuple[list[Trained], list[str]]:
+    """Train them on one stream; those whose L0 misses its target again, with another coefficient, until it meets it."""
+    searches = [sae.search for sae in saes]
+    held = torch.cat([ground.rows(seed, repeat) for repeat in (0, 1)]) if any(searches) else None
+    done: dict[int, Trained] = {}
+    missed, spent, pending = [], [0.0] * len(saes), list(range(len(saes)))
+    for turn in itertools.count():
+        found = {place: {search[0]: search[1].guess} if (search := searches[place]) else {} for place in pending}
+        made = train_once([saes[place] for place in pending], list(found.values()), seed, ground, work / str(turn))
+        for place, (sae, seconds) in zip(pending, made, strict=True):
+            spent[place] += seconds
+            done[place] = Trained(saes[place], sae, found[place], spent[place])
+            if searches[place]:
+                try:
+                    searches[place][1].tell(measured_l0(sae, held))
+                except ValueError as error:
+                    missed.append(f"{saes[place].label}, {saes[place].setting}, seed {seed}: {error}")
+                    done.pop(place)
+                    searches[place] = None
+        pending = [place for place in pending if searches[place] and not searches[place][1].met]
+        if not pending:
+            return [done[place] for place in sorted(done)], missed
+
+
+def train_once(
+    saes: Sequence[Planned], found: Sequence[dict[str, float]], seed: int, ground: Ground, work: Path
+) -> list[tuple[SAE, float]]:
+    """Each SAE trained, those of one length together; and the seconds of each."""
+    made: dict[int, tuple[SAE, float]] = {}
+    for tokens in sorted({sae.tokens for sae in saes}):
+        places = [place for place, sae in enumerate(saes) if sae.tokens == tokens]
+        trainees = [place for place in places if saes[place].configuration["variant"] != "pca"]
+        for place in set(places) - set(trainees):
+            began = time.perf_counter()
+            sae = pca(ground.stream(seed), saes[place].configuration["arguments"]["rank"], tokens)
+            made[place] = sae, time.perf_counter() - began
+        if trainees:
+            new = [saes[place].make(ground.d_in, seed, found[place]) for place in trainees]
+            every = max(1, min(10_000_000, tokens // 3))
+            run = train(new, ground.stream(seed), tokens, seed, checkpoint=work / str(tokens), checkpoint_every=every)
+            made |= {place: (sae, run.seconds / len(new)) for place, sae in zip(trainees, new, strict=True)}
+    return [made[place] for place in range(len(saes))]
+
+
+def measure_all(
+    one: Experiment, seed: int, trained: Sequence[Trained], ground: Ground, work: Path
+) -> list[tuple[dict[str, float | None], dict[str, float], float]]:
+    """Of each SAE: the mean of each metric over the repetitions, their standard deviation, and the seconds."""
+    saes = [made.sae for made in trained]
+    values: list[dict[str, list[float]]] = [{} for _ in saes]
+    seconds = 0.0
+    for name in one.measures:
+        for repeat in range(one.repeats):
+            path = work / f"{name}-{repeat}.json"
+            if not path.exists():
+                began = time.perf_counter()
+                metrics = MEASURES[name](saes, ground, seed, repeat)
+                write_json(path, {"metrics": metrics, "seconds": time.perf_counter() - began})
+            content = json.loads(path.read_text())
+            seconds += content["seconds"] / max(1, len(saes))
+            for own, metrics in zip(values, content["metrics"], strict=True):
+                for metric, value in metrics.items():
+                    own.setdefault(metric, []).append(value)
+    return [
+        (
+            {metric: average(each) for metric, each in own.items()},
+            {m: deviation(each) for m, each in own.items()},
+            seconds,
+        )
+        for own in values
+    ]
+
+
+def average(values: Sequence[float]) -> float | None:
+    """Their mean; None if one of them is not finite: unknown."""
+    return fmean(values) if all(map(math.isfinite, values)) else None
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Their standard deviation; None if there is one only, or one that is not finite."""
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
