@@ -1,6 +1,7 @@
 """What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
 
 from sae_lib.metrics.attribution import ablation, attribution, integrated_gradients
+from sae_lib.metrics.consistency import shared_latents
 from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.polysemanticity import (
     effective_features,
@@ -26,7 +27,17 @@ from sae_lib.metrics.reconstruction import (
     mse,
     relative_reconstruction_bias,
 )
-from sae_lib.metrics.recovery import cosines, latent_f1, mcc, mmcs, recovery_rate, uniqueness
+from sae_lib.metrics.recovery import (
+    cosines,
+    latent_f1,
+    mcc,
+    mmcs,
+    orbit_cosines,
+    orbit_mcc,
+    orbit_mmcs,
+    recovery_rate,
+    uniqueness,
+)
 from sae_lib.metrics.sparse_probing import (
     SparseProbing,
     labelled_texts,
@@ -34,3 +45,4 @@ from sae_lib.metrics.sparse_probing import (
     sparse_probe_accuracy,
     strongest_latents,
 )
+from sae_lib.metrics.zipf import zipf_fit

@@ -126,3 +126,63 @@ def latent_f1(
         "f1": 2 * hits / (n_predicted + n_true).clamp(min=1),
     }
     return {name: share.mean().item() for name, share in shares.items()}
+
+
+def orbit_cosines(
+    W_dec: Float[Tensor, "d_sae d_in"], orbits: Float[Tensor, "n_features group d_in"]
+) -> Float[Tensor, "d_sae n_features"]:
+    """``max_p cos(w_i, v_jp)``: each latent against the nearest transformed copy of each feature (64 bits).
+
+    Where data have a symmetry, such as rotation by 90°, a feature is an *orbit*: the directions ``v_j0 ... v_jp`` of
+    its transformed copies. A latent has found the feature if it has found any of them.
+
+    Args:
+        W_dec: directions of the latents.
+        orbits: of each feature, its directions under every element of the group; with a group of one, plain features.
+
+    Raises:
+        ValueError: if a tensor is empty, not floating or not finite, or the widths differ.
+
+    >>> orbits = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])  # one feature, and itself turned by 90°
+    >>> orbit_cosines(torch.tensor([[0.0, 2.0, 0.0], [3.0, 4.0, 0.0], [-1.0, 0.0, 0.0]]), orbits).tolist()
+    [[1.0], [0.8], [0.0]]
+    """
+    if orbits.ndim != 3:
+        raise ValueError(f"orbits must have shape (n_features, group, d_in), got {tuple(orbits.shape)}")
+    return cosines(W_dec, orbits.flatten(0, 1)).unflatten(1, orbits.shape[:2]).amax(2)
+
+
+def orbit_mcc(W_dec: Float[Tensor, "d_sae d_in"], orbits: Float[Tensor, "n_features group d_in"]) -> float:
+    """`mcc` up to symmetry: mean ``max_p |cos(w_i, v_jp)|`` over the best one-to-one pairing of latents with features.
+
+    One latent may stand for a feature by any of its transformed copies; a second latent on another copy of it is
+    surplus, which counts neither for nor against. So an SAE with one latent an orbit and one with a latent for each
+    copy both have 1 if they are exact, while `mcc` against all copies asks for the latter.
+
+    Units: 0 to 1. Blind to: signs, the encoder, surplus latents, and which copy was found: whether the SAE can tell
+    poses apart, or fires on one pose alone. Chance is higher than for `mcc`, since the best of ``group`` directions
+    counts: compare with an untrained SAE. Source: none; made for equivariant SAEs (Erdogan and Lucic 2025, arXiv
+    2511.09432), whose own definition of recovery is not known here.
+
+    >>> orbits = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
+    >>> orbit_mcc(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), orbits)  # two copies of one feature: (1 + 0) / 2
+    0.5
+    >>> orbit_mcc(torch.tensor([[0.0, 1.0, 0.0], [0.0, 3.0, 4.0]]), orbits)  # (1 + 4/5) / 2
+    0.9
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    both = torch.stack([orbit_cosines(W_dec, orbits), orbit_cosines(-W_dec, orbits)]).amax(0).cpu()
+    return both[linear_sum_assignment(both.numpy(), maximize=True)].mean().item()
+
+
+def orbit_mmcs(W_dec: Float[Tensor, "d_sae d_in"], orbits: Float[Tensor, "n_features group d_in"]) -> float:
+    """`mmcs` up to symmetry: mean over features of the largest cosine of any latent with any transformed copy.
+
+    Units: -1 to 1; sign included. Blind to: what `mmcs` and `orbit_mcc` are blind to.
+
+    >>> orbits = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, -1.0]]])
+    >>> orbit_mmcs(torch.tensor([[3.0, 4.0]]), orbits)  # (4/5 + 3/5) / 2
+    0.7
+    """
+    return orbit_cosines(W_dec, orbits).amax(0).mean().item()

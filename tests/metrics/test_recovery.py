@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lib.data import PlantedDictionary
-from sae_lib.metrics import cosines, latent_f1, mcc, mmcs, recovery_rate, uniqueness
+from sae_lib.metrics import (
+    cosines,
+    latent_f1,
+    mcc,
+    mmcs,
+    orbit_cosines,
+    orbit_mcc,
+    orbit_mmcs,
+    recovery_rate,
+    uniqueness,
+)
 
 OF_DIRECTIONS = (mcc, mmcs, recovery_rate, uniqueness)
 
@@ -98,6 +108,42 @@ def test_a_dead_latent_pulls_detection_down():
     assert latent_f1(torch.eye(2), torch.eye(2), truth * torch.tensor([1.0, 0.0]), truth)["f1"] == 0.5
 
 
+def turned(directions):
+    """Orbits under turns by 90° in the plane of the first two and in that of the last two coordinates."""
+    quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    turn = torch.block_diag(quarter, quarter)
+    return torch.stack([directions @ torch.linalg.matrix_power(turn, p) for p in range(4)], 1)
+
+
+def test_any_copy_of_a_feature_will_do_but_one_feature_for_all_will_not():
+    directions = PlantedDictionary(3, 4).directions
+    orbits = turned(directions)
+    for copies in torch.cartesian_prod(*[torch.arange(4)] * 3):
+        assert orbit_mcc(orbits[range(3), copies], orbits) == pytest.approx(1)
+        assert orbit_mmcs(orbits[range(3), copies], orbits) == pytest.approx(1)
+    assert mcc(orbits[:, 1], directions) < 0.9
+    assert orbit_mcc(orbits[0], orbits) < 0.9  # four latents, all copies of the first feature
+    assert orbit_mmcs(orbits[0], orbits) < 0.9
+
+
+def test_a_latent_for_each_copy_is_as_good_as_one_an_orbit():
+    orbits = turned(PlantedDictionary(3, 4).directions)
+    assert orbit_mcc(orbits.flatten(0, 1), orbits) == orbit_mcc(orbits[:, 2], orbits) == pytest.approx(1)
+
+
+def test_orbits_of_one_element_are_plain_features():
+    W_dec, directions = draw(7, 4), draw(5, 4, seed=1)
+    torch.testing.assert_close(orbit_cosines(W_dec, directions.unsqueeze(1)), cosines(W_dec, directions))
+    assert orbit_mcc(W_dec, directions.unsqueeze(1)) == pytest.approx(mcc(W_dec, directions))
+    assert orbit_mmcs(W_dec, directions.unsqueeze(1)) == pytest.approx(mmcs(W_dec, directions))
+
+
+def test_a_sign_is_forgiven_by_orbit_mcc_even_if_the_orbit_does_not_hold_it():
+    orbits = torch.eye(4).view(2, 2, 4)
+    W_dec = -torch.eye(4)[[0, 2]]
+    assert (orbit_mcc(W_dec, orbits), orbit_mmcs(W_dec, orbits)) == (1, 0)
+
+
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -109,6 +155,10 @@ def test_a_dead_latent_pulls_detection_down():
         ),
         (lambda: uniqueness(torch.ones(2, 2), torch.ones(0, 2)), r"directions must be a matrix with at least one row"),
         (lambda: mcc(torch.full((2, 2), math.nan), torch.eye(2)), "W_dec must be finite, got NaN or infinite entries"),
+        (
+            lambda: orbit_mcc(torch.eye(2), torch.eye(2)),
+            r"orbits must have shape \(n_features, group, d_in\), got \(2, 2\)",
+        ),
         (
             lambda: recovery_rate(torch.eye(2), torch.eye(2), threshold=90),
             r"threshold must be a cosine, in \[-1, 1\], got 90",

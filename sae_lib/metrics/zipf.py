@@ -1,0 +1,67 @@
+"""Whether the densities of latents follow Zipf's law. Chapter `evaluation`.
+
+    log p_i = c - alpha log(i + beta),     i = 1, 2, ...: rank of the latent by density, the most frequent first
+
+Ayonrinde 2024 (Mutual Choice and Feature Choice, arXiv 2411.02124) finds this law in trained SAEs, with alpha = 1 and
+beta = 6.8, and allots firings by it; R2 there is about .98, without saying of which fit.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LEAST = 10
+"""Living latents that a fit needs."""
+
+
+def zipf_fit(densities: Float[Tensor, " d_sae"], shift: float | int = 0.0) -> dict[str, float]:
+    """Least squares of ``log p_i`` on ``log(i + shift)`` over the living latents, and how well a log-normal does.
+
+    Units: the exponent is alpha, 0 for equal densities, 1 for Zipf's own law; R2 is the share of the variance of
+    ``log p`` that the line explains, at most 1. Blind to: the head: every rank is one point, so that most of the fit
+    is the many rare latents, while the tokens belong to the few frequent ones; how rare the dead are; noise, for
+    densities in descending order are smooth whatever they are. A high R2 is therefore no evidence by itself: almost
+    any falling curve has one. ``lognormal_r2`` is that of the nearest rival, a normal distribution of ``log p`` (its
+    squared correlation with the quantiles): Zipf's law is supported where it wins. Rare densities are counts of few
+    firings: use many tokens.
+
+    Args:
+        densities: share of the tokens on which each latent lives, in any order; zeros are left out.
+        shift: beta, at least 0, which bends the law flat for the first ranks; 0 is Zipf's own law, 6.8 the paper's.
+
+    Returns:
+        ``zipf_exponent``, ``zipf_r2``, ``lognormal_r2``, and ``zipf_latents``, how many live. NaN for R2 if all
+        densities are equal.
+
+    Raises:
+        ValueError: if densities are not in [0, 1], fewer than ten latents live, or the shift is negative.
+
+    >>> fit = zipf_fit(0.5 / torch.arange(1, 101) ** 2.0)
+    >>> round(fit["zipf_exponent"], 4), round(fit["zipf_r2"], 4), fit["zipf_latents"]
+    (2.0, 1.0, 100)
+    """
+    if densities.ndim != 1 or not ((densities >= 0) & (densities <= 1)).all():
+        raise ValueError(f"densities must be a vector of numbers in [0, 1], got shape {tuple(densities.shape)}")
+    if not 0 <= shift < float("inf"):
+        raise ValueError(f"shift must be a finite number of at least 0, got {shift}")
+    logs = densities[densities > 0].detach().double().cpu().sort(descending=True).values.log()
+    if len(logs) < LEAST:
+        raise ValueError(f"at least {LEAST} latents must live for a fit, got {len(logs)}: use more tokens")
+    ranks = torch.arange(1, len(logs) + 1, dtype=torch.float64)
+    normal = torch.special.ndtri((ranks - 0.5) / len(logs))
+    slope, r2 = _line((ranks + shift).log(), logs)
+    return {
+        "zipf_exponent": -slope,
+        "zipf_r2": r2,
+        "lognormal_r2": _line(normal, logs)[1],
+        "zipf_latents": len(logs),
+    }
+
+
+def _line(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> tuple[float, float]:
+    """Slope of the least-squares line, and its R2."""
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x @ y) / (x @ x)
+    return slope.item(), (1 - (y - slope * x).square().sum() / y.square().sum()).item()
