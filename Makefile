@@ -7,7 +7,7 @@ INSTALLED := .venv/installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d
 BOOKFLAGS ?=
 BENCHFLAGS ?=
 PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
-PARITY := sae-bench
+PARITY := sae-bench sae-lens dictionary-learning
 
 .PHONY: book test stress bench parity clean
 

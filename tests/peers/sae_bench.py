@@ -2,89 +2,44 @@
 
     <its environment>/bin/python -m peers.sae_bench <file>
 
-sae-bench asks for a language model and a sparse autoencoder; `Model` and `Known` are both, reduced to tables of
-activations and codes. Its probes are trained in random order, so here their weights are inputs like all others. A
-tensor of the file is named after the function and the argument, or after what sae-bench calls the result.
+Its probes are trained from random weights in random order; here their weights are inputs like all others, and training
+is seen once, in a single batch and from the weights that ours begins with. A tensor of the file is named after its part
+and the argument, or after what sae-bench calls the result.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
-from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ["JAXTYPING_DISABLE"] = "1"  # its annotations contradict each other: "train_dataset_size" has two sizes
 
 import numpy as np
-import sklearn
 import torch
 import torch.nn.functional as F
-from sae_bench.evals.absorption import feature_absorption, k_sparse_probing
+from sae_bench.evals.absorption import feature_absorption, k_sparse_probing, probing
 from sae_bench.evals.absorption import feature_absorption_calculator as calculator
 from sae_bench.evals.absorption import main as absorption_main
 from sae_bench.evals.core import main as core
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_bench.evals.sparse_probing import probe_training
 from sae_bench.sae_bench_utils import activation_collection
-from safetensors.torch import save_file
 from torch import Tensor
 
-SITE = "blocks.0.hook_resid_post"
+from peers.stand_ins import Known, Model, Texts, floats, results, save
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KS = (1, 2, 5)
 MOST = 4
 """Up to how many latents a k-sparse probe reads."""
 
 
-class Known:
-    """A sparse autoencoder that knows the codes z of the activations x, row by row."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self, x: Tensor, z: Tensor, W_dec: Tensor, b_dec: Tensor | float = 0.0):
-        self.x, self.z, self.W_dec, self.W_enc, self.b_dec = x, z, W_dec, W_dec.T, b_dec
-        self.cfg = SimpleNamespace(hook_name=SITE, hook_layer=0, hook_head_index=None, d_sae=z.shape[1])
-
-    def encode(self, x: Tensor) -> Tensor:
-        same = (x[..., None, :] == self.x).all(-1)
-        assert same.any(-1).all()
-        return self.z[same.int().argmax(-1)]
-
-    def decode(self, z: Tensor) -> Tensor:
-        return z @ self.W_dec + self.b_dec
-
-
-class Model:
-    """A model in which token i has row i of x as its activation, and the word "a12" is token 12, twice."""
-
-    tokenizer = "none"
-
-    def __init__(self, x: Tensor, unembedding: Tensor | None = None):
-        self.x, self.unembedding = x, unembedding
-
-    def to_tokens(self, text: str) -> Tensor:
-        return torch.tensor([2 * [int(text.strip("\n:")[1:])]])
-
-    def run_with_cache(self, texts: list[str] | Tensor, **_) -> tuple[None, dict[str, Tensor]]:
-        tokens = texts if isinstance(texts, Tensor) else torch.cat([self.to_tokens(text) for text in texts])
-        return None, {SITE: self.x[tokens]}
-
-    def run_with_hooks(self, tokens: Tensor, fwd_hooks: list[tuple[str, Callable]] = (), **_) -> tuple[Tensor, Tensor]:
-        x = self.x[tokens]
-        for _, hook in fwd_hooks:
-            x = hook(x, hook=None)
-        logits = x @ self.unembedding
-        return logits, F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
-
-    __call__ = run_with_hooks
-
-
-def floats(array: np.ndarray) -> Tensor:
-    return torch.tensor(np.asarray(array), dtype=torch.float32)
+def probes_of(weights: Tensor) -> probing.LinearProbe:
+    """Its probes, a row each, with these weights and without biases."""
+    probe = probing.LinearProbe(weights.shape[1], len(weights))
+    probe.fc.weight.data, probe.fc.bias.data = weights.clone(), torch.zeros(len(weights))
+    return probe
 
 
 # Absorption ----------------------------------------------------------------------------------------------------------
@@ -146,15 +101,15 @@ def absorption(random: np.random.Generator) -> dict[str, Tensor]:
     x = x - x @ probes @ probes.T + np.array(projections)[:, None] * np.repeat(probes.T, words, axis=0)
     x, z, W_dec, weights = floats(x), floats(rows), floats(W_dec), floats(3 * probes.T)
 
-    probe = feature_absorption.LinearProbe(d_in, len(LETTERS))
-    probe.fc.weight.data[: len(mains)] = weights
     asked = {}
     for i, (letter, latents) in enumerate(mains.items()):
         its = [f"{letter}{i * words + j}" for j in range(words)]
         latents = [i * n + latent for latent in latents]
         asked[letter] = feature_absorption.StatsAndLikelyFalseNegativeResults(words, 0, latents, its)
     measure = calculator.FeatureAbsorptionCalculator(Model(x), icl_word_list=[])
-    table = feature_absorption.calculate_projection_and_cos_sims(measure, Known(x, z, W_dec), probe, 0, asked)
+    table = feature_absorption.calculate_projection_and_cos_sims(
+        measure, Known(x, z, W_dec), probes_of(weights), 0, asked
+    )
     rates = absorption_main._aggregate_results_df(table)
     return {
         "absorption.x": x,
@@ -190,16 +145,16 @@ def k_sparse(random: np.random.Generator) -> dict[str, Tensor]:
     weights = np.stack([z[:cut][its].mean(0) - z[:cut][~its].mean(0) for its in of])
     x, z, weights = floats(x), floats(z), floats(weights)
 
-    def given(*_, probe_dim: int, **__) -> feature_absorption.LinearProbe:
-        probe = feature_absorption.LinearProbe(probe_dim, letters)
-        probe.fc.weight.data = weights
-        return probe
-
-    k_sparse_probing.train_sparse_multi_probe = given
+    begun = torch.empty(d_sae, letters).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)).T / d_sae**0.5
+    trained = probes_of(begun)
+    with patch.object(probing, "LinearProbe", lambda *_, **__: trained):
+        one_hot = F.one_hot(torch.tensor(labels[:cut]))
+        k_sparse_probing.train_sparse_multi_probe(z[:cut], one_hot, torch.device("cpu"), show_progress=False)
     sae = Known(x, z, torch.eye(2).repeat(d_sae // 2, 1))
     named = [(f"{LETTERS[label]}{i}", int(label)) for i, label in enumerate(labels)]
-    probes = k_sparse_probing.train_k_sparse_probes(sae, named[:cut], x[:cut], ks=range(1, MOST + 1))
-    truth = feature_absorption.LinearProbe(2, letters)
+    with patch.object(k_sparse_probing, "train_sparse_multi_probe", lambda *_, **__: probes_of(weights)):
+        probes = k_sparse_probing.train_k_sparse_probes(sae, named[:cut], x[:cut], ks=range(1, MOST + 1))
+    truth = probes_of(torch.ones(letters, 2))
     scores = k_sparse_probing.eval_probe_and_sae_k_sparse_raw_scores(sae, truth, probes, named[cut:], x[cut:])
     about = k_sparse_probing.sae_k_sparse_metadata(sae, truth, probes, "known", 0)
     table = k_sparse_probing.build_metrics_df(scores, about, MOST)
@@ -210,6 +165,8 @@ def k_sparse(random: np.random.Generator) -> dict[str, Tensor]:
         "k_sparse.z_test": z[cut:],
         "k_sparse.labels_test": torch.tensor(labels[cut:]),
         "k_sparse.weights": weights,
+        "k_sparse.trained.weights": trained.weights.detach(),
+        "k_sparse.trained.biases": trained.biases.detach(),
         "k_sparse.f1": torch.tensor(table[[f"f1_sparse_sae_{k}" for k in range(1, MOST + 1)]].to_numpy()),
         "k_sparse.split_feats": torch.tensor([len(latents) for latents in table["split_feats"]]),
     }
@@ -224,7 +181,7 @@ def k_sparse(random: np.random.Generator) -> dict[str, Tensor]:
 
 def sparse_probing(random: np.random.Generator) -> dict[str, Tensor]:
     """Pooled codes, selected latents and accuracy, of texts of two classes; some latents tell them apart, none well."""
-    texts, positions, d_sae = (40, 25), 5, 16  # a class, for training and for testing
+    texts, positions, d_sae = (40, 25), 4, 16  # a class, for training and for testing
     found, known_x, known_z, classes = {}, [], [], []
     for part, n in zip(("train", "test"), texts, strict=True):
         labels = np.arange(2 * n) % 2
@@ -260,65 +217,30 @@ def sparse_probing(random: np.random.Generator) -> dict[str, Tensor]:
 
 
 def core_metrics(random: np.random.Generator) -> dict[str, Tensor]:
-    """All numbers of the core evaluation, over two batches of texts in which token 0 is left out; x has a mean.
-
-    Once as it is, and once with activations and reconstructions in a unit ten times as large.
-    """
-    vocabulary, d_in, d_sae, prompts, context, batches = 60, 6, 10, 8, 6, 2
-    x = random.standard_normal((vocabulary, d_in)) + np.array([2.0, -1, 0, 0, 1, 0])
-    b_dec = x.mean(0) / 2
-    W_dec = random.standard_normal((d_sae, d_in))
-    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
-    z = np.maximum((x - b_dec) @ W_dec.T - 0.5, 0) / 2
-    z[:, 0] = 0  # a latent that never lives
-    tokens = random.permutation(np.arange(batches * prompts * context) % vocabulary).reshape(-1, prompts, context)
-    tokens, unembedding = torch.tensor(tokens), floats(random.standard_normal((d_in, vocabulary)) / 4)
+    """All numbers of the core evaluation; once as `Texts` are, and once in a unit ten times as large."""
     asked = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")
-    config = CoreEvalConfig(
-        model_name="none",
-        n_eval_reconstruction_batches=batches,
-        n_eval_sparsity_variance_batches=batches,
-        batch_size_prompts=prompts,
-        exclude_special_tokens_from_reconstruction=True,
-        **{f"compute_{what}": True for what in asked},
-    )
-
-    class Store:
-        context_size, store_batch_size_prompts = context, prompts
-
-        def reset_input_dataset(self) -> None:
-            self.batches = iter(tokens)
-
-        def get_batch_tokens(self, _: int) -> Tensor:
-            return next(self.batches)
-
-    found = {"core.tokens": tokens, "core.unembedding": unembedding}
+    found, texts = {}, Texts(random)
     for name, unit in (("core", 1), ("core_small", 10)):
-        sae = Known(floats(x / unit), floats(z / unit), floats(W_dec), floats(b_dec / unit))
-        store = Store()
-        store.reset_input_dataset()
-        scores, by_latent = core.run_evals(sae, store, Model(sae.x, unembedding), config, ignore_tokens={0})
-        found |= {f"{name}.x": sae.x, f"{name}.z": sae.z, f"{name}.x_hat": sae.decode(sae.z)}
-        found |= {f"{name}.{key}": torch.tensor(value) for group in scores.values() for key, value in group.items()}
-        found[f"{name}.feature_density"] = torch.tensor(by_latent["feature_density"])
+        sae, model = texts.in_unit(unit)
+        config = CoreEvalConfig(
+            model_name="none",
+            n_eval_reconstruction_batches=len(texts.tokens),
+            n_eval_sparsity_variance_batches=len(texts.tokens),
+            exclude_special_tokens_from_reconstruction=True,
+            **{f"compute_{what}": True for what in asked},
+        )
+        texts.reset_input_dataset()
+        scores, by_latent = core.run_evals(sae, texts, model, config, ignore_tokens={texts.left_out})
+        found |= texts.inputs(name, sae) | results(name, scores, by_latent)
     return found
 
 
 def main(file: str) -> None:
-    parts = (absorption, k_sparse, sparse_probing, core_metrics)
     found = {}
-    for seed, part in enumerate(parts):
+    for seed, part in enumerate((absorption, k_sparse, sparse_probing, core_metrics)):
         found |= part(np.random.default_rng(seed))
     read = (calculator, absorption_main, k_sparse_probing, activation_collection, probe_training, core)
-    sources = "".join(inspect.getsource(module) for module in read)
-    about = {
-        "sae-bench": version("sae-bench"),
-        "sources": hashlib.sha256(sources.encode()).hexdigest(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, file, metadata=about)
+    save(file, found, ["sae-bench", "scikit-learn"], read)
 
 
 if __name__ == "__main__":
