@@ -6,14 +6,15 @@
       version: raised when its meaning changes
       ground: name of a ground
       settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
-      saes: {label: {variant, its arguments, and control, if it is one}}
+      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others}}
       measures: names of `sae_lib.measures`
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
 
 An argument that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched for, until the
-measured held-out L0 lies within 3% of the target (`sae_lib.matching`). All SAEs of a seed are trained on one stream, in
-one order of the data. `sae_lib.reproduce` runs it.
+measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a part of the
+grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name. All SAEs of a
+seed are trained on one stream, in one order of the data. `sae_lib.reproduce` runs it.
 """
 
 from __future__ import annotations
@@ -67,8 +68,6 @@ class Planned:
         """The argument that is searched for, if there is one, and a new search for it."""
         for name, value in self.configuration["arguments"].items():
             if isinstance(value, dict):
-                if set(value) != {"match", "start"}:
-                    raise ValueError(f"what is searched for must be {{match: L0, start: guess}}, got {value}")
                 return name, Search(value["match"], value["start"], SLOPES.get(name, -1.0))
         return None
 
@@ -90,8 +89,6 @@ class Experiment:
     version: int
     ground: dict[str, Any]
     seeds: int
-    measures: tuple[str, ...]
-    repeats: int
     saes: tuple[Planned, ...] = field(repr=False)
 
 
@@ -137,23 +134,30 @@ def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
         raise ValueError(f"an experiment has {', '.join([*NEEDED, *OPTIONAL])}, got {', '.join(sorted(unknown))}")
     if parts["ground"] not in grounds:
         raise ValueError(f"ground must be one of {', '.join(grounds)}, got {parts['ground']!r}")
-    if strange := set(parts["measures"]) - set(MEASURES):
-        raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {', '.join(sorted(strange))}")
     shared = {
         "experiment": f"{chapter}/{name}",
         "version": parts["version"],
         "ground": grounds[parts["ground"]],
-        "measures": parts["measures"],
         "repeats": parts["repeats"],
+        "tokens": parts["tokens"],
     }
-    saes = tuple(
-        planned(label, asked, setting, shared | {"tokens": parts["tokens"]})
-        for setting in parts["settings"]
-        for label, asked in parts["saes"].items()
-    )
-    scaled = {"version": parts["version"], "seeds": parts["seeds"], "repeats": parts["repeats"]}
-    measures = tuple(parts["measures"])
-    return Experiment(chapter, name, scale, ground=shared["ground"], measures=measures, saes=saes, **scaled)
+    measures = {}
+    for measure in parts["measures"]:
+        measures |= measure if isinstance(measure, dict) else {measure: {}}
+    if strange := set(measures) - set(MEASURES):
+        raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {', '.join(sorted(strange))}")
+    saes = []
+    for setting in parts["settings"]:
+        own = {"measures": [measure for measure, only in measures.items() if matches(setting, only)]}
+        for label, asked in parts["saes"].items():
+            if matches(setting, asked.get("only", {})):
+                saes.append(planned(label, asked, setting, shared | own))
+    return Experiment(chapter, name, scale, parts["version"], shared["ground"], parts["seeds"], tuple(saes))
+
+
+def matches(setting: dict[str, Any], only: dict[str, Any]) -> bool:
+    """Whether a point of the grid has the values that are asked for."""
+    return all(setting.get(name) == value for name, value in only.items())
 
 
 def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: dict[str, Any]) -> Planned:
@@ -164,7 +168,7 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
             return {name: valued(inner) for name, inner in part.items()}
         return setting.get(part, part) if isinstance(part, str) else part
 
-    parts = {name: valued(part) for name, part in asked.items()}
+    parts = {name: valued(part) for name, part in asked.items() if name != "only"}
     variant, control = parts.pop("variant", None), parts.pop("control", None)
     tokens = parts.pop("tokens", shared["tokens"])
     if variant not in (*VARIANTS, "pca"):
@@ -175,10 +179,11 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     if strange := set(parts) - known:
         raise ValueError(f"{label} takes {', '.join(sorted(known))}, got {', '.join(sorted(strange))}")
     arguments = {name: value for name, value in setting.items() if name in known} | parts
+    searched = [value for value in arguments.values() if isinstance(value, dict)]
+    if any(set(value) != {"match", "start"} for value in searched) or len(searched) > 1:
+        raise ValueError(f"{label} may search for one argument, by {{match: L0, start: guess}}, got {searched}")
     own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments}
-    made = Planned(label, setting, shared | own)
-    made.search  # noqa: B018 — its own checks
-    return made
+    return Planned(label, setting, shared | own)
 
 
 # Reading what was run -------------------------------------------------------------------------------------------------

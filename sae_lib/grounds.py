@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,16 @@ class LanguageGround(Ground):
         if not self.cache:
             options = {"texts": self.texts["train"], "batch_size": self.batch_size, "seed": seed}
             return Activations(self.model, self.site, **options)
-        stream = Activations(self.model, self.site, texts=self.texts["train"], batch_size=self.batch_size)
-        name = hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        cached = stream.cache(CACHES / name)
+        cached = self.cached
         cached.seed = seed
         return cached
+
+    @cached_property
+    def cached(self) -> CachedActivations:
+        """The training activations on disk, in 32 bits; written when they are first asked for."""
+        stream = Activations(self.model, self.site, texts=self.texts["train"], batch_size=self.batch_size)
+        name = hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return stream.cache(CACHES / name)
 
     def held_out(self, seed: int, repeat: int) -> Activations:
         """Texts that no training sees, the same for all seeds; a repetition begins with others of them."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sae_lib.data import Batch
 from sae_lib.grounds import Ground, PlantedGround
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
@@ -35,8 +36,25 @@ def recovery(saes: Sequence[SAE], ground: PlantedGround, seed: int, repeat: int)
     return found
 
 
+@torch.no_grad()
+def sparsity(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics]:
+    """How L0 is spread and kept: its standard deviation over tokens (``l0_sd``), L0 with the selection of training
+    (``l0_train``), and L0 over the one that the SAE was asked for, where it was (``l0_ratio``)."""
+    x, found = ground.rows(seed, repeat), []
+    for sae in saes:
+        living = (sae.encode(x) != 0).sum(1).double()
+        asked = getattr(sae, "k", None) or getattr(sae, "target_l0", None)
+        metrics = {"l0_sd": living.std().item()} | ({"l0_ratio": living.mean().item() / asked} if asked else {})
+        sae.train()
+        codes = [sae.select(sae.scores(part), Batch(part)).dense() for part in x.split(1024)]
+        sae.eval()
+        found.append(metrics | {"l0_train": sum(float((z != 0).sum()) for z in codes) / len(x)})
+    return found
+
+
 MEASURES: dict[str, Callable[[Sequence[SAE], Ground, int, int], list[Metrics]]] = {
     "reconstruction": reconstruction,
     "recovery": recovery,
+    "sparsity": sparsity,
 }
 """Name -> measurement."""

@@ -99,7 +99,7 @@ def run(one: Experiment, seed: int, saes: Sequence[Planned], ground: Ground, wor
     """The rows of one seed. All that is done is kept in `work`, so that nothing is done twice if this is stopped."""
     trained, missed = train_all(saes, seed, ground, work)
     rows = []
-    for made, (metrics, noise, seconds) in zip(trained, measure_all(one, seed, trained, ground, work), strict=True):
+    for made, (metrics, noise, seconds) in zip(trained, measure_all(trained, seed, ground, work), strict=True):
         rows.append(
             {
                 "experiment": one.name,
@@ -164,32 +164,28 @@ def train_once(
 
 
 def measure_all(
-    one: Experiment, seed: int, trained: Sequence[Trained], ground: Ground, work: Path
-) -> list[tuple[dict[str, float | None], dict[str, float], float]]:
+    trained: Sequence[Trained], seed: int, ground: Ground, work: Path
+) -> list[tuple[dict[str, float | None], dict[str, float | None], float]]:
     """Of each SAE: the mean of each metric over the repetitions, their standard deviation, and the seconds."""
-    saes = [made.sae for made in trained]
-    values: list[dict[str, list[float]]] = [{} for _ in saes]
-    seconds = 0.0
-    for name in one.measures:
-        for repeat in range(one.repeats):
+    values: list[dict[str, list[float]]] = [{} for _ in trained]
+    seconds = [0.0] * len(trained)
+    asked = [made.planned.configuration for made in trained]
+    for name in dict.fromkeys(name for own in asked for name in own["measures"]):
+        places = [place for place, own in enumerate(asked) if name in own["measures"]]
+        for repeat in range(max(asked[place]["repeats"] for place in places)):
             path = work / f"{name}-{repeat}.json"
             if not path.exists():
                 began = time.perf_counter()
-                metrics = MEASURES[name](saes, ground, seed, repeat)
+                metrics = MEASURES[name]([trained[place].sae for place in places], ground, seed, repeat)
                 write_json(path, {"metrics": metrics, "seconds": time.perf_counter() - began})
             content = json.loads(path.read_text())
-            seconds += content["seconds"] / max(1, len(saes))
-            for own, metrics in zip(values, content["metrics"], strict=True):
+            for place, metrics in zip(places, content["metrics"], strict=True):
+                seconds[place] += content["seconds"] / len(places)
                 for metric, value in metrics.items():
-                    own.setdefault(metric, []).append(value)
-    return [
-        (
-            {metric: average(each) for metric, each in own.items()},
-            {m: deviation(each) for m, each in own.items()},
-            seconds,
-        )
-        for own in values
-    ]
+                    values[place].setdefault(metric, []).append(value)
+    means = [{metric: average(each) for metric, each in own.items()} for own in values]
+    noise = [{metric: deviation(each) for metric, each in own.items()} for own in values]
+    return list(zip(means, noise, seconds, strict=True))
 
 
 def average(values: Sequence[float]) -> float | None:
