@@ -54,9 +54,9 @@ def explained_variance(x: Float[Tensor, "tokens d_in"], x_hat: Float[Tensor, "to
 
     Units: fraction; 1 is perfect, 0 is as good as the mean, negative is worse. Blind to: what `fvu` is blind to.
     Other libraries' numbers can differ: SAEBench 0.6 and SAELens 6.18, not 6.54, subtract the square of ``mean(x^2)``
-    from the mean squared norm where the squared norm of ``mean(x)`` belongs, which has other units, so that one set of
-    data has 0.48 there, and 0.65 when divided by ten, where it has 0.32 here both times; dictionary_learning 0.1 forgives
-    a constant error, and gives it 0.42 (``tests/metrics/test_sae_bench.py`` and beside it).
+    from the mean squared norm where the squared norm of ``mean(x)`` belongs, which has other units, so that the same
+    data have 0.48 there, 0.65 when divided by ten, and 0.32 here both times; dictionary_learning 0.1 forgives a
+    constant error, 0.42 (``tests/metrics/test_sae_bench.py`` and beside it).
 
     >>> explained_variance(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
     0.5
