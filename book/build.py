@@ -47,7 +47,7 @@ def chapters(root: Path, toc: Path) -> list[Path]:
 def fingerprint(root: Path) -> str:
     """One hash over everything that decides what a chapter prints, its own source aside."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {os.environ.get('SAE_LIB_SCALE', '')}".encode())
-    for folder in ("sae_lib", "book/results", "book/requirements.txt"):
+    for folder in ("sae_lib", "book/results", "book/claims.yml", "book/experiments.yml", "book/requirements.txt"):
         path = root / folder
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:

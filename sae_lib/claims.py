@@ -133,7 +133,8 @@ def read_claims(path: Path | None = None) -> tuple[dict[str, str], list[Claim]]:
     """
     import yaml
 
-    content = yaml.safe_load((path or CLAIMS).read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as safe, and ten times as fast where it was compiled
+    content = yaml.load((path or CLAIMS).read_text(encoding="utf-8"), loader)
     claims = [checked(claim, content["papers"]) for claim in content["claims"]]
     ids = [claim.id for claim in claims]
     if twice := {each for each in ids if ids.count(each) > 1}:
@@ -145,16 +146,18 @@ def checked(claim: Mapping[str, Any], papers: Mapping[str, str]) -> Claim:
     """The claim, if it is one that can be tested."""
     name = claim.get("id", "a claim without id")
 
-    def must(rule: bool, said: str, got: object) -> None:
+    def must(rule: object, said: str, got: object) -> None:
         if not rule:
             raise ValueError(f"{name}: {said}, got {got!r}")
 
     must(set(claim) == set(FIELDS), f"fields must be {', '.join(FIELDS)}", sorted(set(claim) ^ set(FIELDS)))
     paper, kind, margin, test = (claim[part] for part in ("paper", "kind", "margin", "test"))
     must(paper in papers, f"paper must be one of {', '.join(papers)}", paper)
-    must(re.fullmatch(rf"{paper}-[\w-]+", name), f"id must be {paper}-<number>[-<part>]", name)
+    must(re.fullmatch(rf"{paper}-[\w-]+", str(name)), f"id must be {paper}-<number>[-<part>]", name)
     for part in ("statement", "control", "chapter"):
         must(isinstance(claim[part], str) and claim[part], f"{part} must be a text", claim[part])
+    for part in ("source", "test"):
+        must(isinstance(claim[part], dict), f"{part} must be a mapping", claim[part])
     must(set(claim["source"]) == {"where", "known"}, "source must have where and known", claim["source"])
     must(claim["source"]["known"] in KNOWN, f"known must be one of {', '.join(KNOWN)}", claim["source"]["known"])
     must(kind in PREDICTIONS, f"kind must be one of {', '.join(PREDICTIONS)}", kind)
@@ -171,12 +174,12 @@ def checked(claim: Mapping[str, Any], papers: Mapping[str, str]) -> Claim:
     return Claim(**claim)
 
 
-def check_test(test: Mapping[str, Any], kind: str, must: Callable[[bool, str, object], None]) -> None:
+def check_test(test: Mapping[str, Any], kind: str, must: Callable[[object, str, object], None]) -> None:
     """The same for what a claim says of its rows."""
     statistic = test.get("statistic", "difference")
     must(set(test) <= set(TEST), f"a test has {', '.join(TEST)}", sorted(set(test) - set(TEST)))
     whole = test.get("experiment", "")
-    must(re.fullmatch(r"\w+/\w+", whole), "experiment must be <chapter>/<experiment>", whole)
+    must(re.fullmatch(r"\w+/\w+", str(whole)), "experiment must be <chapter>/<experiment>", whole)
     must(statistic in STATISTICS, f"statistic must be one of {', '.join(STATISTICS)}", statistic)
     arms = {"value": ["a"], "rank_correlation": [], "reliability": []}.get(statistic, ["a", "b"])
     must({"a", "b"} & set(test) == set(arms), f"{statistic} takes {' and '.join(arms) or 'neither a nor b'}", test)

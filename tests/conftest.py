@@ -1,6 +1,7 @@
 """Tests run offline, on one thread, at the smallest scale, unless the environment says otherwise."""
 
 import os
+import shutil
 
 # before torch or transformers are imported; chapters under test inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,3 +19,20 @@ def as_a_user():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """A page of a real browser, where one is installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("no Chromium is installed")
+        page = browser.new_page()
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        yield page
+        browser.close()

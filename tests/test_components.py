@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -181,23 +180,6 @@ def test_a_picture_refuses_what_it_cannot_show(given, message):
 def test_a_text_refuses_what_it_cannot_show(given, message):
     with pytest.raises(ValueError, match=message):
         token_text(**given)
-
-
-@pytest.fixture(scope="module")
-def page():
-    """A page of a real browser, where one is installed."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        try:
-            browser = driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        except playwright.Error:
-            pytest.skip("no Chromium is installed")
-        page = browser.new_page()
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        yield page
-        browser.close()
 
 
 def seen(page):

@@ -57,11 +57,13 @@ ORDER = [
     "measures",
     "experiments",
     "reproduce",
+    "contrasts",
     "claims",
     "formats",
     "plan",
     "figures",
     "components",
+    "ledger",
     "explorer",
 ]
 

@@ -49,6 +49,35 @@
       });
     },
 
+    // Shows the claims of the chosen paper and verdict.
+    ledger(root) {
+      const form = root.querySelector("form"), said = root.querySelector(".said");
+      const bodies = [...root.querySelectorAll("tbody")], claims = [...root.querySelectorAll("[data-verdict]")];
+      const show = () => {
+        const verdict = root.querySelector("[name=verdict]:checked").value, paper = form.elements.paper.value;
+        for (const body of bodies) {
+          const wanted = !paper || body.dataset.paper === paper;
+          const rows = [...body.querySelectorAll("[data-verdict]")];
+          for (const row of rows) row.hidden = !wanted || (verdict && row.dataset.verdict !== verdict);
+          body.hidden = rows.every((row) => row.hidden);
+        }
+        const shown = claims.filter((row) => !row.hidden).length;
+        said.textContent = `${shown} of ${claims.length} claims are shown.`;
+      };
+      // A link to a claim shows it, whatever was chosen.
+      const follow = () => {
+        const row = location.hash.startsWith("#claim-") && root.querySelector(`[id="${CSS.escape(location.hash.slice(1))}"]`);
+        if (!row || !row.hidden) return;
+        form.reset();
+        show();
+        row.scrollIntoView();
+      };
+      form.addEventListener("submit", (event) => event.preventDefault());
+      form.addEventListener("input", show);
+      addEventListener("hashchange", follow);
+      show(); // the browser may have kept what was chosen before
+    },
+
     // Arrow keys and taps move from token to token and tell each one's value.
     text(root, data) {
       const said = root.querySelector("[role=status]");
