@@ -1,0 +1,178 @@
+"""A latent that is a label is explained by it, and judged right on text it was not explained on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lib import TopKSAE, load_model
+from sae_lib.metrics import Autointerp
+from sae_lib.metrics.autointerp import f1_scores, occurs, pieces
+from sae_lib.records import Record
+from tests.tiny_models import WORDS, tiny_gpt2
+
+SITE = "hook_embed"  # the same vector for a word wherever it stands
+ANIMALS, SKY = ("cat", "dog"), ("sun", "moon")
+
+
+class Words(TopKSAE):
+    """Latent i lives on the words of the i-th set, with magnitudes that differ from token to token."""
+
+    def __init__(self, model, *sets):
+        super().__init__(model.width(SITE), len(sets), 1)
+        words = model.encode([" ".join(WORDS)])[0]
+        self.table = model.activations(torch.tensor(words).unsqueeze(1), SITE)[:, 0]
+        self.sets = torch.tensor([[word in chosen for chosen in sets] for word in WORDS]).float()
+
+    def encode(self, x):
+        lives = self.sets[torch.cdist(x, self.table).argmin(1)]
+        return lives * (1 + torch.arange(len(x)) / len(x)).unsqueeze(1)
+
+
+def records(number=120, seed=0):
+    """Texts of 5 to 14 words: glad ones with animals, which are marked, and sad ones with what is in the sky."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for place in range(number):
+        glad = place % 2
+        words = generator.choice(["the", "a", "red", "old", *(ANIMALS if glad else SKY)], generator.integers(5, 15))
+        marked = " ".join(f"⟨animal|{word}⟩" if word in ANIMALS else word for word in words)
+        made.append(Record(" ".join(words), sentiment="glad" if glad else "sad", marked=marked))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(tiny_gpt2())
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return Autointerp(model, SITE, records())
+
+
+def test_latents_that_are_labels_are_named_and_always_right(model, task):
+    sae = Words(model, {"cat"}, {"red"}, set(ANIMALS), {"queen"})
+    explained = task.explained(sae)
+    assert [(found.latent, found.label) for found in explained] == [
+        (0, "animal cat"),  # as good as the token, and first in the alphabet
+        (1, "token 'red'"),
+        (2, "animal"),
+    ]
+    assert all(found.score == found.f1 == 1 for found in explained)
+    assert all(0 < found.never < 5 / 7 + 1e-9 for found in explained)  # four of 14 are active by construction
+    assert sae.training
+    report = task(sae)
+    assert report == {
+        "autointerp": 1,
+        "autointerp_chance": pytest.approx(sum(found.never for found in explained) / 3),
+        "autointerp_f1": 1,
+        "autointerp_latents": 3,
+    }
+
+
+def test_a_property_of_the_text_explains_what_no_word_does(model):
+    """The latent lives on all of the words of glad texts."""
+    generator = np.random.default_rng(0)
+    words = {"glad": WORDS[:6], "sad": WORDS[6:12]}
+    made = [Record(" ".join(generator.choice(words[of], 6)), sentiment=of) for of in words for _ in range(30)]
+    found = Autointerp(model, SITE, made).explained(Words(model, set(words["glad"])))[0]
+    assert (found.label, found.f1, found.score) == ("sentiment glad", 1, 1)
+
+
+def test_explanations_are_judged_on_text_that_they_were_not_chosen_on(model):
+    task = Autointerp(model, SITE, records())
+    swapped = task._labels[1].copy()
+    places = [task.names.index(f"token {word!r}") for word in ("red", "old")]
+    columns = np.arange(len(task.names))
+    columns[places] = columns[places[::-1]]
+    task._labels[1] = swapped[:, columns]
+    found = task.explained(Words(model, {"red"}))[0]
+    assert (found.label, found.f1) == ("token 'red'", 0)
+    assert found.score < 0.8
+
+
+def test_a_piece_ends_with_its_text(model):
+    """Ten tokens to either side would reach into a neighbour, where the other word lives."""
+    made = [Record(" ".join([word] * 5)) for word in ("cat", "dog") for _ in range(100)]
+    task = Autointerp(model, SITE, made)
+    found = [task.explained(Words(model, {word}))[0] for word in ("cat", "dog")]
+    assert all(found.never > 0.15 for found in found)  # about half of the ten random ones; reaching over, about none
+    assert all(found.score == 1 for found in found)
+
+
+def test_the_seed_decides_everything_and_halves_share_no_text(model, task):
+    sae = TopKSAE(12, 24, 3)
+    again, other = (Autointerp(model, SITE, records(), seed=seed) for seed in (0, 1))
+    assert again(sae) == task(sae) != other(sae)
+    assert len(task.explain.labels) + len(task.detect.labels) == sum(len(r.text.split()) for r in records())
+
+
+def test_no_more_tokens_and_latents_are_used_than_asked_for(model):
+    task = Autointerp(model, SITE, records(), tokens=600, latents=2)
+    assert 600 <= len(task.explain.x) + len(task.detect.x) < 615
+    assert task(Words(model, {"the"}, {"a"}, {"red"}))["autointerp_latents"] == 2
+
+
+def test_rare_latents_are_left_out_and_a_dead_sae_has_no_score(model):
+    few = [Record("the cat")] * 15 + [Record("the red dog")] * 150
+    task = Autointerp(model, SITE, few)
+    assert [found.latent for found in task.explained(Words(model, {"cat"}, {"the"}))] == [1]
+    report = task(Words(model, {"cat"}))  # on 15 tokens, where more are needed
+    assert report["autointerp_latents"] == 0 and math.isnan(report["autointerp"])
+
+
+def test_f1_of_every_label_for_every_latent():
+    from scipy.sparse import csc_array
+
+    active = csc_array(np.array([[1.0, 0], [1, 0], [0, 0], [1, 1]]))
+    labels = csc_array(np.array([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]]))
+    np.testing.assert_allclose(f1_scores(active, labels), [[4 / 6, 2 / 4, 0], [2 / 4, 1, 0]])
+
+
+def test_pieces_are_strong_middling_and_random():
+    strong = 30 * np.arange(12)  # 9 to 20, thirty apart
+    tokens = np.sort(np.concatenate([strong, strong + 10, strong + 15]))
+    values = np.empty(36)
+    values[np.isin(tokens, strong)] = np.arange(9.0, 21.0)
+    values[np.isin(tokens, strong + 10)] = 30.0  # too near to be chosen beside a stronger one: they are the strongest
+    values[np.isin(tokens, strong + 15)] = np.linspace(0.0, 1.0, 12)
+    drawn = [pieces(tokens, values, 360, np.random.default_rng(seed)) for seed in range(200)]
+    assert {len(centres) for centres in drawn} == {14}
+    tops = {int(centre) for centres in drawn for centre in centres[:2]}
+    assert tops == set((strong + 10).tolist())
+    middles = [int(centre) for centres in drawn for centre in centres[2:4]]
+    assert not set(middles) & tops and min(middles) >= 0
+    chances = {centre: middles.count(centre) for centre in middles}
+    assert chances[330] > 2 * chances.get(0, 0)  # 20 squared against 9 squared
+    assert all(chances.get(centre, 0) < 20 for centre in (strong + 15).tolist())  # at most 1 squared
+    randoms = [centre for centres in drawn for centre in centres[4:]]
+    assert min(randoms) < 10 and max(randoms) > 350 and max(randoms) < 360
+
+
+@pytest.mark.parametrize(("tokens", "values"), [((), ()), ((3, 50), (1.0, 1.0)), ((3, 4, 5, 6), (4.0, 3.0, 2.0, 1.0))])
+def test_latents_without_two_strong_and_two_middling_tokens_have_no_pieces(tokens, values):
+    assert pieces(np.array(tokens, dtype=int), np.array(values), 60, np.random.default_rng(0)) is None
+
+
+def test_a_token_at_either_end_of_a_piece_lies_in_it():
+    tokens = np.array([5, 9])
+    assert occurs(tokens, np.array([0, 0, 5, 6, 9, 10]), np.array([4, 5, 5, 8, 12, 12])).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_bad_input_is_refused(model):
+    with pytest.raises(ValueError, match=r"at least two records, got 2 of \['str'\]; use load_texts"):
+        Autointerp(model, SITE, ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="at least two records, got 1"):
+        Autointerp(model, SITE, records(1))
+    with pytest.raises(ValueError, match="tokens must be an integer at least 1, got 0"):
+        Autointerp(model, SITE, records(4), tokens=0)
