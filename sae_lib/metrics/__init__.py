@@ -1,7 +1,17 @@
 """What is measured: functions on tensors, each with its equation, its units and what it is blind to."""
 
-from sae_lib.metrics.attribution import ablation, attribution, integrated_gradients
+from sae_lib.metrics.absorption import (
+    absorption_by_ablation,
+    absorption_fraction,
+    absorption_older,
+    full_absorption,
+    planted_absorption,
+)
+from sae_lib.metrics.attribution import LatentEffects, ablation, gradient_times_activation, integrated_gradients
+from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.consistency import shared_latents
+from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.main_latents import KSparseProbe, OneVsRest, feature_splits, k_sparse_probe, one_vs_rest
 from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.polysemanticity import (
     effective_features,
@@ -45,4 +55,5 @@ from sae_lib.metrics.sparse_probing import (
     sparse_probe_accuracy,
     strongest_latents,
 )
+from sae_lib.metrics.steering import Steered, Steering
 from sae_lib.metrics.zipf import zipf_fit

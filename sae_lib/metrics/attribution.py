@@ -13,9 +13,12 @@ reports elsewhere as a negative score is a positive effect here. Where m is line
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -23,6 +26,9 @@ from sae_lib.data import Batch
 from sae_lib.models import LanguageModel, Tokens
 from sae_lib.sae import SAE, whole
 from sae_lib.sparse import Code, products
+
+EFFECT_TEXTS, EFFECT_TOKENS = 32, 32
+"""Texts in which single latents are zeroed, and most tokens of each, BOS included."""
 
 Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, "batch"]]
 """From the logits to one number a row, differentiably."""
@@ -70,7 +76,7 @@ def ablation(
     return clean - without
 
 
-def attribution(
+def gradient_times_activation(
     model: LanguageModel,
     tokens: Tokens,
     site: str,
@@ -132,7 +138,113 @@ def integrated_gradients(
     return Code(code.rows, code.cols, effects, code.shape)
 
 
+class LatentEffects:
+    """Zeroing single latents, and how well gradients foretell it. A task: built once, called on each SAE.
+
+    The metric is a text's summed next-token loss (nats). Of every sampled latent one text is taken in which it fires,
+    and the latent is zeroed there wherever it fires.
+
+    Blind to: latents that fire in none of the texts, and so to most rare ones; whether a latent's effect makes sense.
+
+    Args:
+        model: is run, patched and differentiated at `site`.
+        site: where the SAEs read.
+        texts: strings, or records with ``.text``; the ones used are drawn from them and cut to their first tokens.
+        seed: draws texts and latents; another one shows the measure's own noise.
+        latents: how many are zeroed, at least 3; fewer if fewer fire, which the result says.
+
+    Raises:
+        ValueError: if an argument is out of range, or there are too few texts.
+    """
+
+    def __init__(self, model: LanguageModel, site: str, texts: Sequence[Any], seed: int = 0, latents: int = 256):
+        self.model, self.site, self.seed, self.latents = model, site, seed, whole("latents", latents, least=3)
+        (self.tokens,) = windows(model, texts, [(EFFECT_TEXTS, EFFECT_TOKENS)], seed)
+        self.where = model.content(self.tokens)
+        self.where[:, :-1] &= self.tokens.mask[:, 1:]  # a text's last token changes no loss
+        self.where[:, -1] = False
+
+    def __call__(self, sae: SAE) -> dict[str, float]:
+        """How much single latents matter, and how well gradients say which.
+
+        Returns:
+            ``ablation_loss``: rise of the loss for each token at which a latent was zeroed, nats, mean over latents;
+            ``attribution_r`` and ``integrated_r``: correlation (Pearson), over latents, of the effect on the text's
+            loss with what the gradient, and what integrated gradients of 6 steps say; ``attribution_rank_r`` and
+            ``integrated_rank_r``: the same of ranks (Spearman), which one large effect cannot decide; ``ablated``: how
+            many latents. A correlation is NaN where all effects are equal.
+
+        Raises:
+            ValueError: if fewer than three latents fire in the texts.
+        """
+        from scipy.stats import spearmanr  # here, because it takes longer to import than all of this library
+
+        arguments = self.model, self.tokens, self.site, sae, summed_loss(self.tokens), self.where
+        near, nearer = gradient_times_activation(*arguments), integrated_gradients(*arguments)
+        fires, *foretold = (self._of_texts(near, values) for values in (near.values != 0, near.values, nearer.values))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(sae.d_sae, generator=generator).to(fires.device)
+        latents = order[fires.any(0)[order]][: self.latents]
+        if len(latents) < 3:
+            raise ValueError(f"at least 3 latents must fire in the {len(fires)} texts, got {len(latents)}")
+        chance = torch.rand(len(fires), len(latents), generator=generator).to(fires.device)
+        texts = (chance * (fires[:, latents] > 0)).argmax(0)
+        exact = []
+        for text, latent in zip(texts.split(len(fires)), latents.split(len(fires)), strict=True):
+            rows = Tokens(self.tokens.ids[text], self.tokens.mask[text])
+            where = self.where[text]
+            exact.append(ablation(self.model, rows, self.site, sae, summed_loss(rows), latent[:, None], where))
+        exact = torch.cat(exact)
+        report = {"ablation_loss": -(exact / fires[texts, latents]).mean().item(), "ablated": len(latents)}
+        for name, effects in zip(("attribution", "integrated"), foretold, strict=True):
+            pair = torch.stack([effects[texts, latents], exact]).cpu()
+            report[f"{name}_r"] = torch.corrcoef(pair)[0, 1].item()
+            report[f"{name}_rank_r"] = spearmanr(*pair.numpy()).statistic.item()
+        return report
+
+    def _of_texts(self, code: Code, values: Tensor) -> Float[Tensor, "texts d_sae"]:
+        """Values of positions and latents, summed over each text."""
+        sums = torch.zeros(len(self.where), code.shape[1], device=values.device)
+        text_of_position = self.where.nonzero()[:, 0]
+        return sums.index_put_((text_of_position[code.rows], code.cols), values.float(), accumulate=True)
+
+
 # Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def summed_loss(tokens: Tokens) -> Metric:
+    """The metric that sums the cross-entropies of a row's next tokens, in nats."""
+
+    def metric(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch"]:
+        loss = F.cross_entropy(logits[:, :-1].mT.float(), tokens.ids[:, 1:].to(logits.device), reduction="none")
+        return (loss * tokens.mask[:, 1:].to(logits.device)).sum(1)
+
+    return metric
+
+
+def windows(model: LanguageModel, texts: Sequence[Any], groups: Sequence[tuple[int, int]], seed: int) -> list[Tokens]:
+    """Groups of texts drawn without overlap: for each, how many, and to how many tokens, BOS included, they are cut."""
+    total = sum(number for number, _ in groups)
+    if len(texts) < total:
+        raise ValueError(f"texts must be at least {total}, got {len(texts)}: pass more")
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = []
+    for number, length in groups:
+        chosen, order = order[:number], order[number:]
+        rows = model.encode([getattr(texts[place], "text", texts[place]) for place in chosen])
+        drawn.append(model.pad([row[: min(length, model.context) - 1] for row in rows]))
+    return drawn
+
+
+@contextmanager
+def evaluating(sae: SAE) -> Iterator[None]:
+    """The SAE as in evaluation, then again as it was."""
+    mode = sae.training
+    try:
+        sae.eval()
+        yield
+    finally:
+        sae.train(mode)
 
 
 @torch.no_grad()
@@ -147,13 +259,9 @@ def _code(
             f"where must mark one or more tokens of the texts, {tuple(content.shape)}, neither BOS nor padding, got "
             f"{int(where.sum())} positions of {tuple(where.shape)}"
         )
-    mode = sae.training
-    try:
-        sae.eval()
+    with evaluating(sae):
         x = sae.checked(model.activations(tokens, site)[where].float())
         return where, sae.select(sae.scores(x), Batch(x)).living()
-    finally:
-        sae.train(mode)
 
 
 @torch.no_grad()
