@@ -78,8 +78,9 @@ def main() -> None:
         new, now = recorded(library, NEW)
         kept, before = recorded(library, KEPT) if (KEPT / f"{library}.safetensors").exists() else ({}, {})
         changed = differences(kept, new)
-        print(f"{library}: of {len(new)} tensors, {len(changed)} differ from those kept", *changed, sep="\n  ")
-        print(*(f"  {name} {now[name]}, kept: {before.get(name)}" for name in now), sep="\n", flush=True)
+        others = [f"({name} was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
+        print(f"{library}: of {len(new)} tensors, {len(changed)} differ from those kept", *changed, *others, sep="\n  ")
+        sys.stdout.flush()
         command = [sys.executable, "-m", "pytest", "--quiet", ROOT / f"tests/metrics/test_{library}.py"]
         ran = subprocess.run(command, cwd=ROOT, env=os.environ | {CHOSEN: str(NEW)})
         failed |= bool(changed or ran.returncode)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 os.environ["JAXTYPING_DISABLE"] = "1"  # its annotations contradict each other: "train_dataset_size" has two sizes
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from sae_bench.evals.absorption import feature_absorption, k_sparse_probing, probing
@@ -176,6 +177,19 @@ def k_sparse(random: np.random.Generator) -> dict[str, Tensor]:
     return found
 
 
+def feature_splits(random: np.random.Generator) -> dict[str, Tensor]:
+    """Number of splits, of F1 that rises by more and by less than the threshold, and falls here and there."""
+    f1 = 0.4 + random.uniform(-0.02, 0.08, (len(LETTERS), MOST)).cumsum(1)
+    columns = {"letter": list(LETTERS)}
+    for k in range(1, MOST + 1):
+        columns[f"f1_sparse_sae_{k}"] = f1[:, k - 1]
+        columns[f"sparse_sae_k_{k}_feats"] = len(LETTERS) * [np.arange(k)]
+    table = pd.DataFrame(columns)
+    k_sparse_probing.add_feature_splits_to_metrics_df(table, MOST)
+    splits = torch.tensor([len(latents) for latents in table["split_feats"]])
+    return {"feature_splits.f1": torch.tensor(f1), "feature_splits.split_feats": splits}
+
+
 # Sparse probing ------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +251,7 @@ def core_metrics(random: np.random.Generator) -> dict[str, Tensor]:
 
 def main(file: str) -> None:
     found = {}
-    for seed, part in enumerate((absorption, k_sparse, sparse_probing, core_metrics)):
+    for seed, part in enumerate((absorption, k_sparse, sparse_probing, core_metrics, feature_splits)):
         found |= part(np.random.default_rng(seed))
     read = (calculator, absorption_main, k_sparse_probing, activation_collection, probe_training, core)
     save(file, found, ["sae-bench", "scikit-learn"], read)

@@ -27,9 +27,10 @@ def core(random: np.random.Generator) -> dict[str, Tensor]:
 
 
 def recovery(random: np.random.Generator) -> dict[str, Tensor]:
-    """How well a dictionary of 12 latents, with a dead and some doubled ones, finds 9 features."""
+    """How well a dictionary of 12 latents, with a dead one, some doubled and some negative ones, finds 9 features."""
     directions = random.standard_normal((9, 8))
     W_dec = directions[[0, 1, 2, 3, 4, 5, 0, 1, 2, 8, 8, 8]] + 0.5 * random.standard_normal((12, 8))
+    W_dec[[1, 4, 7]] *= -1
     truth = random.exponential(size=(80, 9)) * (random.random((80, 9)) < 0.2)
     z = truth[:, [0, 1, 2, 3, 4, 5, 0, 6, 2, 8, 8, 8]] * (random.random((80, 12)) < 0.8)
     z += random.random((80, 12)) < 0.05
