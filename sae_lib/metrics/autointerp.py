@@ -18,12 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csc_array
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,6 +30,9 @@ from sae_lib.metrics.sparse_probing import PROPERTIES, read
 from sae_lib.models import LanguageModel
 from sae_lib.records import Record
 from sae_lib.sae import SAE, whole
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_array
 
 TOP, MIDDLE, RANDOM = 2, 2, 10
 """Pieces around strong, middling and random tokens, that are judged."""
@@ -128,6 +130,8 @@ class Autointerp:
         self.explain, self.detect = (
             half(model, site, [records[place] for place in order[start::2]], rows[start::2]) for start in (0, 1)
         )
+        from scipy.sparse import csc_array  # here, because it takes long to import
+
         self.names = sorted({name for part in (self.explain, self.detect) for names in part.labels for name in names})
         number = {name: place for place, name in enumerate(self.names)}
         self._labels = [
@@ -213,6 +217,8 @@ def half(model: LanguageModel, site: str, records: list[Record], rows: list[tupl
 @torch.no_grad()
 def sparse_code(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> csc_array:
     """The code of all tokens as a sparse matrix, for decoder rows of norm 1."""
+    from scipy.sparse import csc_array
+
     mode, found, norms = sae.training, [], sae.W_dec.norm(dim=1)
     try:
         sae.eval()
@@ -235,6 +241,7 @@ def f1_scores(active: csc_array, labels: csc_array) -> Float[np.ndarray, "latent
         active: tokens x latents, zeros and ones.
         labels: tokens x labels, zeros and ones.
 
+    >>> from scipy.sparse import csc_array
     >>> active, labels = csc_array([[1.0], [1.0], [0.0]]), csc_array([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     >>> f1_scores(active, labels).tolist()  # 2 * 2 / (2 + 3), and no hit
     [[0.8, 0.0]]

@@ -39,8 +39,8 @@ def shared_latents(
         threshold: cosine from which a latent counts as found again, in [-1, 1].
 
     Returns:
-        ``consistency``, the share with ``c_i >= threshold``; ``consistency_mmcs``, the mean of ``c_i``; and ``pairs``,
-        the number of unordered pairs.
+        ``consistency``, the share with ``c_i >= threshold``; ``consistency_mmcs``, the mean of ``c_i``; and
+        ``consistency_pairs``, the number of unordered pairs.
 
     Raises:
         ValueError: for fewer than two runs, masks that do not fit, a run without living latents, a threshold out of
@@ -49,9 +49,9 @@ def shared_latents(
     >>> import torch
     >>> runs = [torch.eye(2), torch.tensor([[2.0, 0.0], [3.0, 4.0]])]
     >>> shared_latents(runs)  # c of the first: 1 and 4/5; of the second: 1 and 4/5
-    {'consistency': 0.5, 'consistency_mmcs': 0.9, 'pairs': 1}
+    {'consistency': 0.5, 'consistency_mmcs': 0.9, 'consistency_pairs': 1}
     >>> shared_latents(runs, alive=[torch.tensor([True, False]), torch.tensor([True, True])])  # 1; and 1, 3/5
-    {'consistency': 0.75, 'consistency_mmcs': 0.9, 'pairs': 1}
+    {'consistency': 0.75, 'consistency_mmcs': 0.9, 'consistency_pairs': 1}
     """
     if len(decoders) < 2:
         raise ValueError(f"decoders must be those of at least two runs, got {len(decoders)}")
@@ -73,5 +73,5 @@ def shared_latents(
     return {
         "consistency": sum((found >= threshold).double().mean().item() for found in best) / len(best),
         "consistency_mmcs": sum(found.mean().item() for found in best) / len(best),
-        "pairs": len(best) // 2,
+        "consistency_pairs": len(best) // 2,
     }

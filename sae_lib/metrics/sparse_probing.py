@@ -20,7 +20,6 @@ are ablated, while probing is the most reliable of the kind. The variant of Kant
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from itertools import zip_longest
 from typing import NamedTuple
@@ -220,7 +219,7 @@ class SparseProbing:
         self.baselines = self._scores(x, "probing_neurons_") | {
             "probing_dense": self._mean(_dense_accuracy, x),
             "probing_chance": self._mean(_chance, x),
-            "classes": len(self.problems),
+            "probing_classes": len(self.problems),
             "probing_texts": min(len(problem.train) + len(problem.test) for problem in self.problems),
         }
 
@@ -231,7 +230,7 @@ class SparseProbing:
         Returns:
             ``probing_1``, ``_2``, ``_5``: mean accuracy with so many latents; ``probing_neurons_1``, ``_2``, ``_5``:
             with so many dimensions of the activation; ``probing_dense``: of all of it; ``probing_chance``;
-            ``classes``, and ``probing_texts``: the texts of the smallest class, both sides together.
+            ``probing_classes``, and ``probing_texts``: the texts of the smallest class, both sides together.
         """
         mode = sae.training
         try:
@@ -264,43 +263,32 @@ def problems(texts: list[Record | tuple[str, str]], seed: int, size: int) -> tup
     """The classes' examples, and the texts that they are rows of."""
     known = list(dict(map(_labels, texts)).items())  # equal texts once
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = [known[place] for place in order]
-    found = []
-    for name in dict.fromkeys(name for _, labels in shuffled for name in labels):
-        values = Counter(labels[name] for _, labels in shuffled if name in labels)
-        frequent = sorted((-count, value) for value, count in values.items() if count >= LEAST)[:CLASSES]
-        of_class = {value: [text for text, labels in shuffled if labels.get(name) == value] for _, value in frequent}
-        if len(of_class) > 1:
-            found += [(name, value, of_class) for value in list(of_class)[: 1 if len(of_class) == 2 else None]]
+    found, rows, counts = [], {}, {}
+    for name in sorted({name for _, labels in known for name in labels}):
+        of_class: dict[str, list[str]] = {}
+        for text, labels in (known[place] for place in order):
+            if name in labels:
+                of_class.setdefault(labels[name], []).append(text)
+        counts[name] = sorted(((value, len(members)) for value, members in of_class.items()), key=lambda c: (-c[1], c))
+        kept = [value for value, count in counts[name] if count >= LEAST][:CLASSES]
+        for value in kept[: {1: 0, 2: 1}.get(len(kept))]:
+            turns = zip_longest(*(of_class[other] for other in kept if other != value))
+            rest = [text for turn in turns for text in turn if text is not None]
+            half = min(size // 2, len(of_class[value]), len(rest))
+            cut, true = round(0.8 * half), torch.tensor([True, False])
+            sides = [
+                torch.tensor([rows.setdefault(text, len(rows)) for text in members[:half]])
+                for members in (of_class[value], rest)
+            ]
+            train, test = (torch.cat([side[part] for side in sides]) for part in (slice(cut), slice(cut, None)))
+            y_train, y_test = true.repeat_interleave(cut), true.repeat_interleave(half - cut)
+            found.append(Problem(name, value, train, y_train, test, y_test))
     if not found:
-        counts = {name: Counter(labels.get(name) for _, labels in shuffled) for name in ("label", *PROPERTIES)}
+        largest = {name: dict(of_name[:3]) for name, of_name in counts.items()}
         raise ValueError(
-            f"texts must have a property with two classes of at least {LEAST} different texts each, got "
-            f"{ {name: dict(count.most_common(3)) for name, count in counts.items() if set(count) != {None}} }"
+            f"texts must have a property with two classes of at least {LEAST} different texts each, got {largest}"
         )
-    rows: dict[str, int] = {}
-    listed = []
-    for name, value, of_class in found:
-        others = zip_longest(*(members for other, members in of_class.items() if other != value))
-        rest = [text for turn in others for text in turn if text is not None]
-        half = min(size // 2, len(of_class[value]), len(rest))
-        cut = round(0.8 * half)
-        pair = [
-            torch.tensor([rows.setdefault(text, len(rows)) for text in members[:half]])
-            for members in (of_class[value], rest)
-        ]
-        true = torch.tensor([True, False])
-        listed.append(
-            Problem(
-                name,
-                value,
-                torch.cat([members[:cut] for members in pair]),
-                true.repeat_interleave(cut),
-                torch.cat([members[cut:] for members in pair]),
-                true.repeat_interleave(half - cut),
-            )
-        )
-    return listed, list(rows)
+    return found, list(rows)
 
 
 def read(

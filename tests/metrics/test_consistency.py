@@ -15,7 +15,9 @@ def draw(*shape, seed=0):
 def test_a_run_shares_everything_with_itself_in_any_order_and_length():
     W_dec = draw(9, 5)
     again = W_dec[[3, 1, 8, 0, 2, 7, 5, 4, 6]] * torch.linspace(0.1, 9, 9).unsqueeze(1)
-    assert shared_latents([W_dec, again]) == pytest.approx({"consistency": 1, "consistency_mmcs": 1, "pairs": 1})
+    assert shared_latents([W_dec, again]) == pytest.approx(
+        {"consistency": 1, "consistency_mmcs": 1, "consistency_pairs": 1}
+    )
 
 
 def test_an_opposite_direction_is_not_the_same_latent():
@@ -24,14 +26,14 @@ def test_an_opposite_direction_is_not_the_same_latent():
 
 def test_both_directions_count_where_a_small_dictionary_lies_within_a_large_one():
     shared = shared_latents([torch.eye(4)[:1], torch.eye(4)])
-    assert shared == {"consistency": (1 + 1 / 4) / 2, "consistency_mmcs": (1 + 1 / 4) / 2, "pairs": 1}
+    assert shared == {"consistency": (1 + 1 / 4) / 2, "consistency_mmcs": (1 + 1 / 4) / 2, "consistency_pairs": 1}
 
 
 def test_all_pairs_count_alike_and_each_as_the_recovery_of_one_run_by_another():
     runs = [draw(number, 3, seed=number) for number in (4, 7, 5)]
     ordered = [(one, other) for one in runs for other in runs if one is not other]
     shared = shared_latents(runs, threshold=0.7)
-    assert shared["pairs"] == 3
+    assert shared["consistency_pairs"] == 3
     assert shared["consistency"] == pytest.approx(sum(recovery_rate(a, b, 0.7) for a, b in ordered) / 6)
     assert shared["consistency_mmcs"] == pytest.approx(sum(mmcs(a, b) for a, b in ordered) / 6)
     assert 0 < shared["consistency"] < 1

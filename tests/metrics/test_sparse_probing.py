@@ -77,7 +77,7 @@ def test_a_property_of_the_texts_is_read_by_the_dense_probe_and_chance_is_a_half
     baselines = task.baselines
     assert baselines["probing_dense"] > 0.95  # texts and activations are kept in step, whatever their lengths
     assert baselines["probing_chance"] == 0.5
-    assert (baselines["classes"], baselines["probing_texts"]) == (3, 120)
+    assert (baselines["probing_classes"], baselines["probing_texts"]) == (3, 120)
     mixed = [(text, "ab"[place % 2]) for place, (text, _) in enumerate(animals(60))]
     assert SparseProbing(model, SITE, mixed).baselines["probing_dense"] < 0.75
 
@@ -90,7 +90,7 @@ def test_an_identity_in_place_of_an_sae_scores_as_the_neurons_do(task):
     sae = Neurons(12, 12, 3)
     scores = task(sae)
     assert sae.training
-    assert set(scores) == {*NAMES, "probing_dense", "probing_chance", "classes", "probing_texts"}
+    assert set(scores) == {*NAMES, "probing_dense", "probing_chance", "probing_classes", "probing_texts"}
     for k in (1, 2, 5):
         assert scores[f"probing_{k}"] == scores[f"probing_neurons_{k}"]
 
