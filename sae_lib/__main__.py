@@ -150,7 +150,7 @@ def reproduce(
 
     python -m sae_lib reproduce comparison --scale pocket
 
-    python -m sae_lib reproduce comparison --scale pocket --jobs 1/2 & python -m sae_lib reproduce comparison --scale pocket --jobs 2/2
+    python -m sae_lib reproduce comparison --scale pocket --jobs 1/2  # and, beside it, --jobs 2/2
     """
     from sae_lib.reproduce import reproduce
     from sae_lib.results import file_of

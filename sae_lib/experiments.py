@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lib.matching import SLOPES, Search
-from sae_lib.measures import MEASURES
+from sae_lib.measures import CONSISTENCY, MEASURES
 from sae_lib.results import ROOT, ResultsError, Row, read, sha256_of
 from sae_lib.sae import SAE
 from sae_lib.saes import VARIANTS
@@ -144,8 +144,10 @@ def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
     measures = {}
     for measure in parts["measures"]:
         measures |= measure if isinstance(measure, dict) else {measure: {}}
-    if strange := set(measures) - set(MEASURES):
-        raise ValueError(f"measures must be among {', '.join(MEASURES)}, got {', '.join(sorted(strange))}")
+    if strange := set(measures) - set(MEASURES) - {CONSISTENCY}:
+        raise ValueError(
+            f"measures must be among {', '.join([*MEASURES, CONSISTENCY])}, got {', '.join(sorted(strange))}"
+        )
     saes = []
     for setting in parts["settings"]:
         own = {"measures": [measure for measure, only in measures.items() if matches(setting, only)]}

@@ -99,6 +99,7 @@ class LanguageGround(Ground):
         held: held-out tokens of one measurement.
         limit: at most so many texts of a split; the Hub needs it.
         cache: write the training activations to disk first, and read them from there in every training.
+        letters: where first letters are looked for: in the held-out ``texts``, or in ``prompts``, as SAEBench does.
     """
 
     def __init__(
@@ -110,12 +111,16 @@ class LanguageGround(Ground):
         held: int,
         limit: int | None = None,
         cache: bool = False,
+        letters: str = "prompts",
     ):
         super().__init__()
+        if letters not in ("prompts", "texts"):
+            raise ValueError(f"letters must be prompts or texts, got {letters!r}")
         self.model, self.site = load_model(model), site
         self.texts = {split: load_texts(texts, split=split, limit=limit) for split in ("train", "test")}
         self.batch_size, self.held, self.cache = whole("batch_size", batch_size), whole("held", held), cache
         self.d_in = self.model.width(site)
+        self.spelled = self.texts["test"] if letters == "texts" else None
 
     def stream(self, seed: int) -> Activations | CachedActivations:
         """To train on."""

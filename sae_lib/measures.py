@@ -1,7 +1,8 @@
 """Measurements by name: what ``measures`` of an experiment asks for, on SAEs and the ground that they were trained on.
 
 Each takes trained SAEs, their ground, the seed of the training and the number of the repetition, which reseeds the
-measurement itself: other held-out rows, other probes, other splits. It returns the metrics of each SAE.
+measurement itself: other held-out rows, other probes, other splits. It returns the metrics of each SAE, or the reason
+why an SAE has none.
 """
 
 from __future__ import annotations
@@ -9,14 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from tqdm.auto import tqdm
 
 from sae_lib.data import Batch
-from sae_lib.grounds import Ground, PlantedGround
+from sae_lib.grounds import Ground, LanguageGround, PlantedGround
+from sae_lib.metrics.absorption import planted_absorption
+from sae_lib.metrics.attribution import LatentEffects
+from sae_lib.metrics.autointerp import Autointerp
+from sae_lib.metrics.consistency import shared_latents
 from sae_lib.metrics.evaluation import evaluate
+from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.reconstruction import density
 from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
+from sae_lib.metrics.sparse_probing import SparseProbing
+from sae_lib.metrics.steering import Steering
+from sae_lib.metrics.zipf import zipf_fit
 from sae_lib.sae import SAE
 
 Metrics = dict[str, float]
+Measure = Callable[[Sequence[SAE], Ground, int, int], list[Metrics | str]]
 
 
 def reconstruction(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics]:
@@ -52,9 +64,63 @@ def sparsity(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> lis
     return found
 
 
-MEASURES: dict[str, Callable[[Sequence[SAE], Ground, int, int], list[Metrics]]] = {
+@torch.no_grad()
+def planted_hierarchy(saes: Sequence[SAE], ground: PlantedGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """Absorption of parents by their children, with the planted truth in place of probes."""
+    planted, held = ground.dictionary(seed), next(iter(ground.held_out(seed, repeat)))
+    truth = planted.directions, held.truth, planted.parents
+    return each(lambda sae: planted_absorption(held.x, sae.encode(held.x), sae.W_dec, *truth), saes)
+
+
+@torch.no_grad()
+def densities(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics | str]:
+    """The Zipf fit of how often the latents fire."""
+    x = ground.rows(seed, repeat)
+    return each(lambda sae: zipf_fit(density(sae.encode(x))), saes)
+
+
+def task(make: Callable[[LanguageGround, int], Callable[[SAE], Metrics]]) -> Measure:
+    """A measurement that prepares much, once for each repetition, and then takes one SAE at a time."""
+
+    def measure(saes: Sequence[SAE], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics | str]:
+        prepared = ground.prepared((make, repeat), lambda: make(ground, repeat))
+        return each(prepared, saes)
+
+    return measure
+
+
+def each(measure: Callable[[SAE], Metrics], saes: Sequence[SAE]) -> list[Metrics | str]:
+    """The metrics of each SAE; where they cannot be had, such as those of latents that never fire, the reason."""
+    found: list[Metrics | str] = []
+    for sae in tqdm(saes, desc="measured", unit="SAE", leave=False, delay=5):
+        try:
+            found.append(measure(sae))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@torch.no_grad()
+def consistency(sae: SAE, twin: SAE, ground: Ground, seed: int) -> Metrics:
+    """How many latents an SAE shares with its twin: other initial weights, the same data in the same order."""
+    x = ground.rows(seed, 0)
+    alive = [density(one.encode(x)) > 0 for one in (sae, twin)]
+    found = shared_latents([sae.W_dec.detach(), twin.W_dec.detach()], alive)
+    return {name: value for name, value in found.items() if name != "consistency_pairs"}
+
+
+MEASURES: dict[str, Measure] = {
     "reconstruction": reconstruction,
-    "recovery": recovery,
     "sparsity": sparsity,
+    "recovery": recovery,
+    "planted_absorption": planted_hierarchy,
+    "density": densities,
+    "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, on.spelled, seed=seed)),
+    "sparse_probing": task(lambda on, seed: SparseProbing(on.model, on.site, on.texts["test"], seed=seed)),
+    "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
+    "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),
+    "autointerp": task(lambda on, seed: Autointerp(on.model, on.site, on.texts["test"], seed=seed)),
 }
-"""Name -> measurement."""
+"""Name -> measurement, repeated with other seeds of its own."""
+CONSISTENCY = "consistency"
+"""The measurement that trains a twin of each SAE; it has no repetitions."""

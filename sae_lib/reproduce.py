@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sae_lib.experiments import Experiment, Planned, experiments
 from sae_lib.grounds import Ground, ground
 from sae_lib.matching import measured_l0
-from sae_lib.measures import MEASURES
+from sae_lib.measures import CONSISTENCY, MEASURES, consistency
 from sae_lib.pocket.provenance import write_json
 from sae_lib.results import ROOT, Row, append, environment, file_of, key, library_sha256, load, sha256_of
 from sae_lib.sae import SAE, whole
@@ -32,6 +32,8 @@ from sae_lib.saes.controls import pca
 from sae_lib.train import train
 
 WORK = ROOT / "_build" / "experiments"
+TWIN = 1000
+"""Added to the seed of a twin's weights."""
 
 
 def reproduce(
@@ -87,19 +89,23 @@ def reproduce(
 
 @dataclass
 class Trained:
-    """A trained SAE, what was found by a search, and the seconds that it took."""
+    """A trained SAE, what was found by a search, the seconds that it took; and its twin, if one is asked for."""
 
     planned: Planned
     sae: SAE
     found: dict[str, float]
     seconds: float
+    twin: SAE | None = None
 
 
 def run(one: Experiment, seed: int, saes: Sequence[Planned], ground: Ground, work: Path) -> tuple[list[Row], list[str]]:
     """The rows of one seed. All that is done is kept in `work`, so that nothing is done twice if this is stopped."""
     trained, missed = train_all(saes, seed, ground, work)
+    train_twins(trained, seed, ground, work / "twins")
     rows = []
-    for made, (metrics, noise, seconds) in zip(trained, measure_all(trained, seed, ground, work), strict=True):
+    for made, (metrics, noise, unmeasured, seconds) in zip(
+        trained, measure_all(trained, seed, ground, work), strict=True
+    ):
         rows.append(
             {
                 "experiment": one.name,
@@ -109,6 +115,7 @@ def run(one: Experiment, seed: int, saes: Sequence[Planned], ground: Ground, wor
                 "setting": made.planned.setting,
                 "metrics": metrics,
                 "noise": noise,
+                "unmeasured": unmeasured,
                 "found": made.found,
                 "seconds": round(made.seconds + seconds, 2),
                 "date": time.strftime("%Y-%m-%d"),
@@ -143,10 +150,25 @@ def train_all(saes: Sequence[Planned], seed: int, ground: Ground, work: Path) ->
             return [done[place] for place in sorted(done)], missed
 
 
+def train_twins(trained: Sequence[Trained], seed: int, ground: Ground, work: Path) -> None:
+    """Give those whose consistency is measured a twin: other initial weights, all else alike."""
+    asked = [made for made in trained if CONSISTENCY in made.planned.configuration["measures"]]
+    if asked:
+        found = [made.found for made in asked]
+        twins = train_once([made.planned for made in asked], found, seed, ground, work, seed + TWIN)
+        for made, (twin, seconds) in zip(asked, twins, strict=True):
+            made.twin, made.seconds = twin, made.seconds + seconds
+
+
 def train_once(
-    saes: Sequence[Planned], found: Sequence[dict[str, float]], seed: int, ground: Ground, work: Path
+    saes: Sequence[Planned],
+    found: Sequence[dict[str, float]],
+    seed: int,
+    ground: Ground,
+    work: Path,
+    weights: int | None = None,
 ) -> list[tuple[SAE, float]]:
-    """Each SAE trained, those of one length together; and the seconds of each."""
+    """Each SAE trained, those of one length together; and the seconds of each. `weights`: a seed of their own."""
     made: dict[int, tuple[SAE, float]] = {}
     for tokens in sorted({sae.tokens for sae in saes}):
         places = [place for place, sae in enumerate(saes) if sae.tokens == tokens]
@@ -156,7 +178,9 @@ def train_once(
             sae = pca(ground.stream(seed), saes[place].configuration["arguments"]["rank"], tokens)
             made[place] = sae, time.perf_counter() - began
         if trainees:
-            new = [saes[place].make(ground.d_in, seed, found[place]) for place in trainees]
+            new = [
+                saes[place].make(ground.d_in, seed if weights is None else weights, found[place]) for place in trainees
+            ]
             every = max(1, min(10_000_000, tokens // 3))
             run = train(new, ground.stream(seed), tokens, seed, checkpoint=work / str(tokens), checkpoint_every=every)
             made |= {place: (sae, run.seconds / len(new)) for place, sae in zip(trainees, new, strict=True)}
@@ -165,27 +189,40 @@ def train_once(
 
 def measure_all(
     trained: Sequence[Trained], seed: int, ground: Ground, work: Path
-) -> list[tuple[dict[str, float | None], dict[str, float | None], float]]:
-    """Of each SAE: the mean of each metric over the repetitions, their standard deviation, and the seconds."""
+) -> list[tuple[dict, dict, dict, float]]:
+    """Of each SAE: the mean of each metric over the repetitions, their standard deviation, why a measurement has no
+    metrics, and the seconds."""
     values: list[dict[str, list[float]]] = [{} for _ in trained]
+    unmeasured: list[dict[str, str]] = [{} for _ in trained]
     seconds = [0.0] * len(trained)
     asked = [made.planned.configuration for made in trained]
     for name in dict.fromkeys(name for own in asked for name in own["measures"]):
         places = [place for place, own in enumerate(asked) if name in own["measures"]]
-        for repeat in range(max(asked[place]["repeats"] for place in places)):
+        repeats = 1 if name == CONSISTENCY else max(asked[place]["repeats"] for place in places)
+        for repeat in range(repeats):
             path = work / f"{name}-{repeat}.json"
             if not path.exists():
                 began = time.perf_counter()
-                metrics = MEASURES[name]([trained[place].sae for place in places], ground, seed, repeat)
-                write_json(path, {"metrics": metrics, "seconds": time.perf_counter() - began})
+                found = measure(name, [trained[place] for place in places], ground, seed, repeat)
+                write_json(path, {"found": found, "seconds": time.perf_counter() - began})
             content = json.loads(path.read_text())
-            for place, metrics in zip(places, content["metrics"], strict=True):
+            for place, metrics in zip(places, content["found"], strict=True):
                 seconds[place] += content["seconds"] / len(places)
+                if isinstance(metrics, str):
+                    unmeasured[place][name] = metrics
+                    continue
                 for metric, value in metrics.items():
                     values[place].setdefault(metric, []).append(value)
     means = [{metric: average(each) for metric, each in own.items()} for own in values]
-    noise = [{metric: deviation(each) for metric, each in own.items()} for own in values]
-    return list(zip(means, noise, seconds, strict=True))
+    noise = [{metric: deviation(each) for metric, each in own.items() if len(each) > 1} for own in values]
+    return list(zip(means, noise, unmeasured, seconds, strict=True))
+
+
+def measure(name: str, trained: Sequence[Trained], ground: Ground, seed: int, repeat: int) -> list[dict | str]:
+    """One repetition of one measurement."""
+    if name == CONSISTENCY:
+        return [consistency(made.sae, made.twin, ground, seed) for made in trained]
+    return MEASURES[name]([made.sae for made in trained], ground, seed, repeat)
 
 
 def average(values: Sequence[float]) -> float | None:
@@ -194,5 +231,5 @@ def average(values: Sequence[float]) -> float | None:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Their standard deviation; None if there is one only, or one that is not finite."""
-    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    """Their standard deviation; None if one of them is not finite."""
+    return stdev(values) if all(map(math.isfinite, values)) else None

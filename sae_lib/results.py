@@ -49,9 +49,9 @@ def read(chapter: str, scale: str, folder: str | Path | None = None) -> list[Row
     """The rows of a chapter at a scale, each flat: what was asked, what was measured, and where it comes from.
 
     Keys: chapter, scale, experiment, version, sae (label), seed; the settings and the metrics by their names; ``noise``
-    (of each metric, the standard deviation over repetitions with other seeds of the metric itself); ``found`` (what
-    was searched for); ``configuration`` and ``configuration_sha256``; commit, dirty, sae_lib_sha256, device, versions;
-    seconds, date.
+    (of each metric, the standard deviation over repetitions with other seeds of the metric itself); ``unmeasured``
+    (measurements without metrics: why); ``found`` (what was searched for); ``configuration`` and its hash,
+    ``configuration_sha256``; commit, dirty, sae_lib_sha256, device, versions; seconds, date.
 
     Raises:
         ResultsError: there is no such file, or it is cut off, or was edited by hand.
@@ -67,7 +67,8 @@ def read(chapter: str, scale: str, folder: str | Path | None = None) -> list[Row
 
 def flat(content: dict, row: Row) -> Row:
     """One stored row with what it refers to, on one level."""
-    kept = {name: row[name] for name in ("experiment", "version", "sae", "seed", "noise", "found", "seconds", "date")}
+    own = ("experiment", "version", "sae", "seed", "noise", "unmeasured", "found", "seconds", "date")
+    kept = {name: row[name] for name in own}
     return (
         {"chapter": content["chapter"], "scale": content["scale"]}
         | kept
@@ -108,8 +109,8 @@ def append(chapter: str, scale: str, rows: Iterable[Row], folder: str | Path | N
     """Add rows to a chapter's file. A row of the same experiment, configuration and seed is replaced.
 
     Args:
-        rows: each with experiment, version, sae, seed, setting, metrics, noise, found, seconds, date, and, as
-            dictionaries, configuration and environment.
+        rows: each with experiment, version, sae, seed, setting, metrics, noise, unmeasured, found, seconds, date, and,
+            as dictionaries, configuration and environment.
 
     Raises:
         ResultsError: the file that is there cannot be read; it stays as it is.

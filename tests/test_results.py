@@ -22,6 +22,7 @@ def row(seed=0, label="TopK", fvu=0.25, **settings) -> dict:
         "setting": setting,
         "metrics": {"fvu": fvu, "l0": 16.0},
         "noise": {"fvu": 0.01},
+        "unmeasured": {},
         "found": {},
         "seconds": 1.5,
         "date": "2026-11-22",
