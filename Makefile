@@ -9,7 +9,7 @@ BENCHFLAGS ?=
 PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
 PARITY := sae-bench sae-lens dictionary-learning
 
-.PHONY: book test stress bench parity clean
+.PHONY: book test stress bench results parity clean
 
 book: $(INSTALLED)  ## execute every chapter and render the book to _build/html; BOOKFLAGS="-W -n --keep-going" makes warnings errors
 	$(BIN)/python book/build.py $(BOOKFLAGS)
@@ -26,6 +26,10 @@ bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here
 
 parity: $(INSTALLED) $(PARITY:%=_build/peers/%/installed)  ## our metrics on other libraries' inputs, computed anew in their own environments
 	PYTHONPATH=tests $(BIN)/python -m peers.parity
+
+results: $(INSTALLED)  ## run what book/experiments.yml describes at pocket scale, a process a core; what is there is not run again
+	n=$$(getconf _NPROCESSORS_ONLN); seq $$n | \
+	xargs -P $$n -I {} env OMP_NUM_THREADS=1 $(BIN)/python -m sae_lib reproduce all --scale pocket
 
 clean:  ## forget what was built; the installed packages stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -141,17 +141,18 @@ def described(text: str) -> tuple[type[sae_lib.SAE], dict[str, Any]]:
 
 @app.command()
 def reproduce(
-    chapter: Annotated[str, typer.Argument(help="A chapter of book/experiments.yml.")],
+    chapter: Annotated[str, typer.Argument(help="A chapter of book/experiments.yml, or all.")],
     scale: Annotated[str, typer.Option(help="smoke, pocket or paper.")],
     seeds: Annotated[int | None, typer.Option(min=1, help="The first so many; by default, as described.")] = None,
-    jobs: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts, beside other processes.")] = "1/1",
+    jobs: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts, for N machines.")] = "1/1",
 ) -> None:
     """Run a chapter's experiments into book/results; what is there is not run again, what was stopped goes on.
 
-    python -m sae_lib reproduce comparison --scale pocket
+    Several processes may run the same command: each leaves alone what another is at.
 
-    python -m sae_lib reproduce comparison --scale pocket --jobs 1/2  # and, beside it, --jobs 2/2
+    python -m sae_lib reproduce comparison --scale pocket
     """
+    from sae_lib.experiments import described
     from sae_lib.reproduce import reproduce
     from sae_lib.results import file_of
 
@@ -159,11 +160,14 @@ def reproduce(
         part, slash, parts = jobs.partition("/")
         if not (slash and part.isdigit() and parts.isdigit()):
             raise ValueError(f"jobs must be I/N, such as 1/2, got {jobs!r}")
-        added, missed = reproduce(chapter, scale, seeds, (int(part), int(parts)))
-        typer.echo(f"{file_of(chapter, scale)}  {added} rows added")
-        for line in missed:
-            typer.secho(f"no row: {line}", err=True, fg="red")
-        if missed:
+        failed = False
+        for one in [name for name in described() if name != "grounds"] if chapter == "all" else [chapter]:
+            added, missed = reproduce(one, scale, seeds, (int(part), int(parts)))
+            typer.echo(f"{file_of(one, scale)}  {added} rows added")
+            for line in missed:
+                typer.secho(f"no row: {line}", err=True, fg="red")
+            failed = failed or bool(missed)
+        if failed:
             raise typer.Exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)

@@ -14,11 +14,13 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from sae_lib.experiments import Experiment, Planned, experiments
@@ -50,8 +52,8 @@ def reproduce(
         chapter: a chapter of ``experiments.yml``.
         scale: smoke, pocket or paper.
         seeds: the first so many; as described, if None.
-        job: ``(i, n)``: only the i-th of n parts of the pairs of experiment and seed, so that n processes share the
-            work; all of them may write to one file.
+        job: ``(i, n)``: only the i-th of n parts of the pairs of experiment and seed, for n machines. Processes of one
+            machine need no parts: each leaves alone what another is at.
         folder: of the results; ``book/results``, if None.
         path: of the descriptions; ``book/experiments.yml``, if None.
 
@@ -66,25 +68,30 @@ def reproduce(
         raise ValueError(f"jobs must be i/n with i from 1 to n, got {part}/{parts}")
     asked = experiments(chapter, scale, path)
     pairs = [(one, seed) for one in asked for seed in range(one.seeds if seeds is None else whole("seeds", seeds))]
-    content = load(file_of(chapter, scale, folder)) or {"rows": []}
-    known = {key(row) for row in content["rows"]}
-    todo = []
-    for one, seed in pairs[part - 1 :: parts]:
-        saes = [sae for sae in one.saes if (one.name, one.version, sha256_of(sae.configuration), seed) not in known]
-        todo += [(one, seed, saes)] if saes else []
+    todo = [(one, seed, saes) for one, seed in pairs[part - 1 :: parts] if (saes := lacking(one, seed, folder))]
     added, missed, stand = 0, [], {}
     with tqdm(total=sum(len(saes) for *_, saes in todo), unit="SAE", desc=f"{chapter}, {scale}") as bar:
         for one, seed, saes in todo:
-            if one.ground not in stand.values():
-                stand = {"on": one.ground, "ground": ground(one.ground)}  # one at a time: a model may be large
             asked_now = sha256_of([library_sha256(), *(sae.configuration for sae in saes)])
             work = WORK / f"{chapter}-{one.name}-{seed}-{asked_now}"
-            rows, without = run(one, seed, saes, stand["ground"], work)
-            append(chapter, scale, rows, folder)
-            shutil.rmtree(work, ignore_errors=True)
-            added, missed = added + len(rows), missed + without
+            work.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout), FileLock(f"{work}.lock", blocking=False):
+                if lacking(one, seed, folder) == saes:
+                    if stand.get("on") != one.ground:
+                        stand = {"on": one.ground, "ground": ground(one.ground)}  # one at a time: a model may be large
+                    rows, without = run(one, seed, saes, stand["ground"], work)
+                    append(chapter, scale, rows, folder)
+                    shutil.rmtree(work, ignore_errors=True)
+                    added, missed = added + len(rows), missed + without
             bar.update(len(saes))
     return added, missed
+
+
+def lacking(one: Experiment, seed: int, folder: Path | None) -> list[Planned]:
+    """The SAEs of an experiment that have no row of this seed."""
+    content = load(file_of(one.chapter, one.scale, folder)) or {"rows": []}
+    known = {key(row) for row in content["rows"]}
+    return [sae for sae in one.saes if (one.name, one.version, sha256_of(sae.configuration), seed) not in known]
 
 
 @dataclass

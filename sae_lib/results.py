@@ -26,6 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock  # the lock of a process that was killed is free
+
 from sae_lib.pocket.provenance import write_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -116,8 +118,6 @@ def append(chapter: str, scale: str, rows: Iterable[Row], folder: str | Path | N
         ResultsError: the file that is there cannot be read; it stays as it is.
         ValueError: a number is not finite, or a metric has the name of a setting.
     """
-    from filelock import FileLock  # the lock of a process that was killed is free
-
     path = file_of(chapter, scale, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):

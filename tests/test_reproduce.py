@@ -106,7 +106,7 @@ def test_what_is_there_is_not_run_again_and_more_seeds_are_added_with_the_same_b
     assert stored(tmp_path) == stored(whole)
     monkeypatch.setattr(reproduce, "train", None)
     assert reproduce.reproduce(**asked) == (0, [])
-    assert not list((tmp_path / "work").iterdir())
+    assert [path.suffix for path in (tmp_path / "work").iterdir()] == [".lock"] * 2
 
 
 def test_parts_of_the_work_add_up_to_the_whole_with_the_same_bits(asked, whole, tmp_path):
@@ -114,6 +114,21 @@ def test_parts_of_the_work_add_up_to_the_whole_with_the_same_bits(asked, whole, 
     assert stored(tmp_path) == stored(whole)
     with pytest.raises(ValueError, match="jobs must be i/n with i from 1 to n, got 4/3"):
         reproduce.reproduce(**asked, job=(4, 3))
+
+
+def test_what_another_process_is_at_is_left_alone(asked, whole, monkeypatch, tmp_path):
+    train, met = reproduce.train, []
+
+    def train_while_another_starts(*arguments, **options):
+        if not met:
+            met.append(True)
+            met.append(reproduce.reproduce(**asked, seeds=1))
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(reproduce, "train", train_while_another_starts)
+    assert reproduce.reproduce(**asked, seeds=1) == (5, [])
+    assert met == [True, (0, [])]
+    assert stored(tmp_path) == stored(whole)[:5]
 
 
 def test_an_l0_out_of_reach_leaves_its_row_out_and_says_so(asked, tmp_path):

@@ -16,13 +16,16 @@ embedded model absorption is nearly absent in prompts. Its letters are taught, s
 
 Definitions: SAEBench (Karvonen et al. 2025, arXiv 2503.09532) and Chanin et al. 2024 (arXiv 2409.14507), read as code.
 Differences: one prompt a word serves probes and absorption, where the reference draws two; its examples are train
-words; capital and small letters of a word are on one side of the split; SAEBench gives up below 20 letters, here the
-number of letters is returned; the sparse probe takes steps of 256 words, as few words make few steps of 4,096.
+words, and a prompt asks about several words, one after the other; capital and small letters of a word are on one side
+of the split; SAEBench gives up below 20 letters, here the number of letters is returned; the sparse probe takes steps
+of 256 words, as a small vocabulary makes few steps of 4,096. And the threshold of step 1: the weight of the positives
+makes it so lenient at a logit of 0 that in few dimensions hardly a letter counts, although the letter is there. A
+letter that does not count at 0 gets the threshold that is best on the train words, as the original code does, and is
+judged by that; how many letters count at 0 is returned too.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,14 +43,12 @@ from sae_lib.metrics.absorption import (
     full_absorption,
 )
 from sae_lib.metrics.attribution import integrated_gradients
-from sae_lib.metrics.main_latents import f1, feature_splits, k_sparse_probe, one_vs_rest
+from sae_lib.metrics.main_latents import best_threshold, f1_score, feature_splits, k_sparse_probe, one_vs_rest
+from sae_lib.metrics.words import ASKS, Place, places_in, prompts, some_of_each, vocabulary
 from sae_lib.models import LanguageModel
 from sae_lib.sae import SAE
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-ASKS = " has the first letter:"
-EXAMPLES = 10
-"""Words with their letters in a prompt; fewer if the context is short."""
 LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
 MOST_LATENTS = 10
@@ -64,19 +65,9 @@ LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
-PER_WORD = 4
-"""Most places in the texts where a word is read."""
 FREQUENT = 300
 """How many of the words in the texts are called frequent."""
 ROWS_AT_ONCE = 64
-
-
-class Place(NamedTuple):
-    """A word that is one token: its text as token ids, where the token stands in it, and the word in small letters."""
-
-    row: list[int]
-    position: int
-    word: str
 
 
 class Letter(NamedTuple):
@@ -110,6 +101,7 @@ class FirstLetter:
 
     Attributes:
         letters: those that count, in the alphabet's order.
+        letters_at_zero: how many of them count at threshold 0.
         words: on how many test words (in texts, places) of these letters the probe is right.
 
     Raises:
@@ -171,11 +163,19 @@ class FirstLetter:
         """Step 1: the ground-truth probe, the letters that count, and the words on which it is right."""
         train, test = train.to(self._x.device), test.to(self._x.device)
         present = [n for n in range(26) if all(0 < part[:, n].sum() < len(part) for part in (train, test))]
-        counting = []
+        counting, thresholds, self.letters_at_zero = [], [], 0
         if present:
             probe = one_vs_rest(self._x_train, train[:, present], seed=self.seed)
-            says = probe(self._x) > 0
-            counting = [c for c, n in enumerate(present) if f1(says[:, c], test[:, n]) > LEAST_F1]
+            logits, logits_train = probe(self._x), probe(self._x_train)
+            for c, n in enumerate(present):
+                threshold = 0.0
+                if f1_score(logits[:, c] >= threshold, test[:, n]) > LEAST_F1:
+                    self.letters_at_zero += 1
+                else:
+                    threshold = best_threshold(logits_train[:, c], train[:, n])
+                if f1_score(logits[:, c] >= threshold, test[:, n]) > LEAST_F1:
+                    counting.append(c)
+                    thresholds.append(threshold)
         if len(counting) < 2:
             raise ValueError(
                 f"at least 2 letters must have a probe with an F1 above {LEAST_F1}, got {len(counting)} of the "
@@ -185,7 +185,7 @@ class FirstLetter:
         self.letters = [LETTERS[n] for n in numbers]
         self._directions = probe.W.T[counting]
         self._train, self._truth = train[:, numbers], test[:, numbers]
-        self._right = self._truth & says[:, counting]
+        self._right = self._truth & (logits[:, counting] >= torch.tensor(thresholds, device=logits.device))
         self.words = int(self._right.sum())
 
     # On an SAE -------------------------------------------------------------------------------------------------------
@@ -198,9 +198,9 @@ class FirstLetter:
             ``absorption_fraction``, ``absorption_full`` and ``absorption_older``, rates over words, and
             ``feature_splits``, main latents: means over letters, each with ``_sd``, the standard deviation over
             letters; ``main_f1``, mean F1 of the k-sparse probe on the main latents: where it is low they are weak
-            detectors, and their silence is not absorption; ``letters`` and ``words``, of how many. With texts, also
-            fraction and full rate of the 300 words that are most ``_frequent`` in them and of the ``_rare`` others, of
-            all letters' words together.
+            detectors, and their silence is not absorption; ``letters``, of which ``letters_at_zero`` count at the
+            reference's threshold, and ``words``, of how many. With texts, also fraction and full rate of the 300 words
+            that are most ``_frequent`` in them and of the ``_rare`` others, of all letters' words together.
         """
         z = self._code(sae, self._x)
         per_letter, per_word = [], []
@@ -221,7 +221,8 @@ class FirstLetter:
             for band, rows in {"frequent": frequent, "rare": ~frequent}.items():
                 fraction, full, _ = torch.cat(per_word)[rows].mean(0).tolist()
                 report |= {f"absorption_fraction_{band}": fraction, f"absorption_full_{band}": full}
-        return report | {"letters": len(self.letters), "words": self.words}
+        counts = {"letters": len(self.letters), "letters_at_zero": self.letters_at_zero, "words": self.words}
+        return report | counts
 
     def by_ablation(self, sae: SAE, most: int = 200) -> dict[str, float | int]:
         """The original rate, which asks the model whether its answer depends on one other latent.
@@ -239,7 +240,8 @@ class FirstLetter:
         """
         if not self.prompts:
             raise ValueError("words must stand in prompts, which have an answer, got texts: FirstLetter without texts=")
-        answers = [row[-1] for row in self.model.encode([f"a{ASKS} {letter.upper()}" for letter in LETTERS])]
+        lines = self.model.encode([f"a{ASKS} {letter.upper()}" for letter in LETTERS])
+        answers, question = [row[-1] for row in lines], len(lines[0]) - 1
         z, generator = self._code(sae, self._x), torch.Generator().manual_seed(self.seed)
         rates, ablated = [], 0
         for letter in self._main(sae, z):
@@ -248,9 +250,9 @@ class FirstLetter:
             missed = letter.rows[silent & (letter.scores <= 0)]
             asked = missed[torch.randperm(len(missed), generator=generator)[:most].to(missed.device)]
             absorbed = 0
-            for rows in asked.split(ROWS_AT_ONCE):
+            for rows in asked.split(ROWS_AT_ONCE) if len(asked) else ():
                 places = [self.places[row] for row in rows.tolist()]
-                tokens = self.model.pad([place.row for place in places])
+                tokens = self.model.pad([place.row[: place.position + question] for place in places])
                 order, last = torch.arange(len(places)), tokens.mask.sum(1) - 1
                 where = torch.zeros_like(tokens.mask)
                 where[order, [place.position + 1 for place in places]] = True
@@ -290,78 +292,6 @@ class FirstLetter:
                     break
             rows = self._right[:, number].nonzero()[:, 0]
             yield Letter(number, rows, probes[-1].latents, probes[-1].scores[rows], probes[-1].f1)
-
-
-# Words and where they stand ------------------------------------------------------------------------------------------
-
-
-def vocabulary(model: LanguageModel) -> list[str]:
-    """The alphabetic tokens of a model, with a leading space where they have one, in the order of their ids."""
-    ids = model.tokenizer.get_vocab()
-    words = (model.tokenizer.convert_tokens_to_string([token]) for token in sorted(ids, key=ids.get))
-    return list(dict.fromkeys(word for word in words if re.fullmatch(" ?[A-Za-z]+", word)))
-
-
-def tokenized(model: LanguageModel, texts: Iterable[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each text without BOS, and the characters that each token covers."""
-    encoded = model.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for row, spans in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        bos = row[:1] == [model.bos]
-        yield row[bos:], spans[bos:]
-
-
-def places_in(model: LanguageModel, texts: Iterable[Any]) -> list[Place]:
-    """All words of running texts that are one token. Of a text longer than the context, its beginning is read."""
-    texts = [getattr(record, "text", record) for record in texts]
-    places = []
-    for text, (row, spans) in zip(texts, tokenized(model, texts), strict=True):
-        row = row[: model.context - 1]
-        for position, (start, end) in enumerate(spans[: len(row)]):
-            word = text[start:end].lstrip()
-            begin = end - len(word)
-            alone = not text[max(0, begin - 1) : begin].isalpha() and not text[end : end + 1].isalpha()
-            if alone and re.fullmatch("[A-Za-z]+", word):
-                places.append(Place(row, position, word.lower()))
-    return places
-
-
-def some_of_each(places: Sequence[Place], generator: torch.Generator) -> list[Place]:
-    """At most `PER_WORD` places of each word, by chance, in the order of the texts."""
-    seen, chosen = Counter(), []
-    for number in torch.randperm(len(places), generator=generator).tolist():
-        word = places[number].word
-        if seen[word] < PER_WORD:
-            seen[word] += 1
-            chosen.append(number)
-    return [places[number] for number in sorted(chosen)]
-
-
-def prompts(
-    model: LanguageModel, words: Sequence[str], train: set[str], test: set[str], generator: torch.Generator
-) -> list[Place]:
-    """A prompt for each word of either set: up to ten examples of train words, then the word and the question.
-
-    As many examples as fit the context. Words that are not one token where they stand are left out.
-    """
-    words = [word for word in words if word.strip().lower() in train | test]
-    known = [word for word in words if word.strip().lower() in train]
-    drawn = [torch.randperm(len(known), generator=generator)[: EXAMPLES + 1].tolist() for _ in words]
-    for count in range(EXAMPLES, -1, -1):
-        texts = []
-        for word, numbers in zip(words, drawn, strict=True):
-            shown = [known[number] for number in numbers if known[number] != word][:count]
-            texts.append("\n".join([*(f"{example}{ASKS} {example.strip()[0].upper()}" for example in shown), word]))
-        encoded = list(tokenized(model, [text + ASKS for text in texts]))
-        if max(len(row) for row, _ in encoded) < model.context:
-            break
-    else:
-        raise ValueError(f"a word and {ASKS!r} must fit the context, got a context of {model.context} tokens")
-    places = []
-    for word, text, (row, spans) in zip(words, texts, encoded, strict=True):
-        for position, (start, end) in enumerate(spans):
-            if end == len(text) and text[start:end].strip() == word.strip():
-                places.append(Place(row, position, word.strip().lower()))
-    return places
 
 
 def initials(places: Sequence[Place]) -> Bool[Tensor, "places 26"]:

@@ -139,16 +139,27 @@ def k_sparse_probe(
     fitted = LogisticRegression(max_iter=500, class_weight="balanced")
     fitted.fit(z[:, latents].cpu().numpy(), truth.cpu().numpy())
     scores = torch.from_numpy(fitted.decision_function(z_test[:, latents].cpu().numpy())).to(z.device)
-    return KSparseProbe(latents, scores, f1(scores > 0, truth_test))
+    return KSparseProbe(latents, scores, f1_score(scores > 0, truth_test))
 
 
-def f1(predicted: Bool[Tensor, " n"], true: Bool[Tensor, " n"]) -> float:
+def f1_score(predicted: Bool[Tensor, " n"], true: Bool[Tensor, " n"]) -> float:
     """``2 TP / (predicted + true)``, the harmonic mean of precision and recall; 0 where nothing is either.
 
-    >>> f1(torch.tensor([True, True, False]), torch.tensor([True, False, False]))  # 2 * 1 / (2 + 1)
+    >>> f1_score(torch.tensor([True, True, False]), torch.tensor([True, False, False]))  # 2 * 1 / (2 + 1)
     0.6666666666666666
     """
     return 2 * int((predicted & true).sum()) / max(1, int(predicted.sum()) + int(true.sum()))
+
+
+def best_threshold(logits: Float[Tensor, " n"], true: Bool[Tensor, " n"]) -> float:
+    """The logit at and above which predicting the class gives the largest F1.
+
+    >>> best_threshold(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False]))  # 4/5, not 2/3
+    1.0
+    """
+    order = logits.argsort(descending=True)
+    predicted = torch.arange(1, len(logits) + 1, device=logits.device)
+    return logits[order[(true[order].cumsum(0) / (predicted + true.sum())).argmax()]].item()
 
 
 def feature_splits(f1: Sequence[float], gain: float = 0.03) -> int:

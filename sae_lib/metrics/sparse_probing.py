@@ -215,7 +215,7 @@ class SparseProbing:
     ):
         self.problems, chosen = problems(list(texts), whole("seed", seed, least=0), whole("size", size, least=10))
         self._parts, self._places = read(model, site, chosen)
-        x = torch.cat([pooled(x, keep) for x, keep in self._parts]).float().cpu()[self._places]
+        x = torch.cat([pooled(x.float(), keep) for x, keep in self._parts]).cpu()[self._places]
         self.baselines = self._scores(x, "probing_neurons_") | {
             "probing_dense": self._mean(_dense_accuracy, x),
             "probing_chance": self._mean(_chance, x),
