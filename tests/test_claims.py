@@ -125,6 +125,13 @@ def test_after_a_claim_that_is_not_decided_none_is():
     assert judge(claims[1:], lambda chapter, scale: rows)[0].word == "holds"
 
 
+def test_the_nearest_end_decides_the_p_value_and_without_spread_it_is_certain():
+    inf = math.inf
+    assert p_value([9, 10, 11], (8, 100)) == p_value([9, 10, 11], (8, inf)) == pytest.approx(0.0742, abs=1e-4)
+    assert p_value([9, 10, 11], (-90, 12)) == p_value([9, 10, 11], (-inf, 12)) == pytest.approx(0.0742, abs=1e-4)
+    assert (p_value([1, 1, 1], (0, inf)), p_value([0, 0, 0], (0, inf))) == (0, 1)
+
+
 # What is compared ----------------------------------------------------------------------------------------------------
 
 
