@@ -122,6 +122,18 @@ def test_only_latents_that_fire_in_four_texts_are_sampled_and_the_number_is_told
     assert everything(sae)["steering_latents"] == len(found.latents) < 16
 
 
+def test_what_fires_on_bos_alone_is_not_alive(model, task):
+    sae, bos = TopKSAE(12, 16, 3).eval(), task.x[0, 0]
+    others = task.x[model.content(task.own)]
+    with torch.no_grad():
+        toward = 100 * torch.linalg.solve(others.T.cov(), bos - others.mean(0))
+        sae.W_enc[:, 5], sae.b_enc[5] = toward, -(bos @ toward + (others @ toward).max()) / 2
+    assert sae.encode(bos[None])[0, 5] > 0
+    assert sae.encode(others)[:, 5].eq(0).all()
+    found = Steering(model, SITE, TEXTS, seed=3, latents=100).of_latents(sae)
+    assert 5 not in found.latents.tolist()
+
+
 def test_another_seed_draws_other_texts_and_other_latents(model, task, sae):
     again = Steering(model, SITE, TEXTS, seed=3, size=0.5, latents=6)
     assert again(sae) == task(sae)
