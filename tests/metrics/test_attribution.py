@@ -237,6 +237,14 @@ def test_the_effects_of_latents_equal_those_by_hand(model, sae):
         assert report[f"{name}_rank_r"] == pytest.approx(torch.corrcoef(ranks)[0, 1].item(), abs=1e-6)
 
 
+def test_the_last_token_of_a_text_is_left_out_as_it_changes_no_loss(model):
+    task = LatentEffects(model, SITE, TEXTS * 20)
+    content = model.content(task.tokens)
+    assert len(content.sum(1).unique()) > 1
+    assert (task.where.sum(1) == content.sum(1) - 1).all()
+    assert not (task.where & ~content).any()
+
+
 def test_the_sample_of_latents_is_decided_by_the_seed(model, sae):
     texts = [f"{first} {second} cat sings" for first in WORDS[:8] for second in WORDS[:8]]
     reports = [LatentEffects(model, SITE, texts, seed, latents=5)(sae) for seed in (0, 0, 1)]
