@@ -30,8 +30,8 @@ def effects(test: Test, rows: Sequence[Row]) -> dict[int, float]:
     """The effect of each seed in which it is defined.
 
     Raises:
-        Undecided: there are no such rows, no seed in which the effect is defined, or means that should be equal are
-            not.
+        sae_lib.contrasts.Undecided: there are no such rows, no seed in which the effect is defined, or means that
+            should be equal are not.
     """
     name = test["experiment"].split("/")[1]
     rows = [row for row in rows if row["experiment"] == name]
@@ -76,6 +76,8 @@ def rows_of_arm(test: Test, which: str, rows: Sequence[Row], metric: str | None)
     own.pop("metric", None)
     found = chosen(rows, test.get("where", {}) | own)
     if not any(metric in row for row in found):
+        if reasons := sorted({reason for row in found for reason in row["unmeasured"].values()}):
+            raise Undecided("inconclusive", f"{test[which]['sae']} has no {metric}: {'; '.join(reasons)}")
         raise Undecided("not run", f"{metric} was not measured")
     return found, metric
 

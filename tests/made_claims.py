@@ -27,7 +27,13 @@ def described(**changes) -> dict:
 
 
 def row(sae, seed, noise=0.0, **numbers) -> dict:
-    return {"experiment": "small", "sae": sae, "seed": seed, "noise": dict.fromkeys(numbers, noise)} | numbers
+    return {
+        "experiment": "small",
+        "sae": sae,
+        "seed": seed,
+        "noise": dict.fromkeys(numbers, noise),
+        "unmeasured": {},
+    } | numbers
 
 
 def pairs(*differences, **settings) -> list[dict]:

@@ -226,6 +226,15 @@ def test_what_is_missing_was_not_run_and_is_named(test, reason):
     assert verdict.claim.command == "python -m sae_lib reproduce topk --scale pocket"
 
 
+def test_what_could_not_be_measured_says_why():
+    rows = pairs(9, 10, 11)
+    for changed in rows[:3]:
+        del changed["m"]
+        changed["unmeasured"] = {"probes": "no letter is represented"}
+    verdict = one(rows)
+    assert (verdict.word, verdict.reason) == ("inconclusive", "A has no m: no letter is represented")
+
+
 def test_rows_of_several_settings_are_not_mixed():
     verdict = one(pairs(1, 2, 3, width=8) + pairs(1, 2, 3, width=16))
     assert (verdict.word, "its settings vary" in verdict.reason) == ("not run", True)
@@ -251,6 +260,21 @@ def test_a_claim_names_a_page_of_the_book():
     _, claims = read_claims()
     assert {claim.chapter for claim in claims} <= pages
     assert {claim.test["experiment"].split("/")[0] for claim in claims} <= pages
+
+
+def test_a_claim_asks_for_saes_and_settings_that_its_experiment_has():
+    chapters = experiments.described()
+    for claim in read_claims()[1]:
+        chapter, name = claim.test["experiment"].split("/")
+        of_chapter = experiments.experiments(chapter, claim.scale) if chapter in chapters else []
+        for planned in [each.saes for each in of_chapter if each.name == name]:
+            asked = [claim.test[which] for which in "ab" if which in claim.test]
+            asked += [{"sae": label} for label in claim.test.get("saes", [])]
+            for arm in asked:
+                own = {name: value for name, value in arm.items() if name not in ("sae", "metric")}
+                settings = [one.setting for one in planned if one.label == arm["sae"]]
+                wanted = (claim.test.get("where", {}) | own).items()
+                assert any(wanted <= setting.items() for setting in settings), (claim.id, arm)
 
 
 def rows_for(claim) -> list[dict]:
