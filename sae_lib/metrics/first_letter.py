@@ -17,11 +17,11 @@ embedded model absorption is nearly absent in prompts. Its letters are taught, s
 Definitions: SAEBench (Karvonen et al. 2025, arXiv 2503.09532) and Chanin et al. 2024 (arXiv 2409.14507), read as code.
 Differences: one prompt a word serves probes and absorption, where the reference draws two; its examples are train
 words, and a prompt asks about several words, one after the other; capital and small letters of a word are on one side
-of the split; SAEBench gives up below 20 letters, here the number of letters is returned; the sparse probe takes steps
-of 256 words, as a small vocabulary makes few steps of 4,096. And the threshold of step 1: the weight of the positives
-makes it so lenient at a logit of 0 that in few dimensions hardly a letter counts, although the letter is there. A
-letter that does not count at 0 gets the threshold that is best on the train words, as the original code does, and is
-judged by that; how many letters count at 0 is returned too.
+of the split; SAEBench gives up below 20 letters, here the number of letters is returned; the sparse probe takes 16
+steps an epoch where a small vocabulary makes fewer of 4,096 words. And the threshold of step 1: the weight of the
+positives makes it so lenient at a logit of 0 that in few dimensions hardly a letter counts, although the letter is
+there. A letter that does not count at 0 gets the threshold that is best on the train words, as in the original code,
+and is judged by that; how many letters count at 0 is returned too.
 """
 
 from __future__ import annotations
@@ -51,18 +51,26 @@ from sae_lib.sae import SAE
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
+LEAST_STEPS = 16
+"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
 LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
+LEAST_STEPS = 16
+"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
 LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
+LEAST_STEPS = 16
+"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
 LEAST_F1 = 0.6
 """Of the ground-truth probe, for a letter to count."""
+LEAST_STEPS = 16
+"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
 FREQUENT = 300
@@ -281,7 +289,8 @@ class FirstLetter:
         """Steps 2 to 4. Decoder norms are folded into the code, so that its scale is that of what latents write."""
         norms = sae.W_dec.detach().norm(dim=1)
         z_train, z = self._code(sae, self._x_train) * norms, z * norms
-        sparse = one_vs_rest(z_train, self._train, batch_size=256, weight_decay=1e-6, l1=0.01, seed=self.seed)
+        batch_size = max(1, min(4096, len(z_train) // LEAST_STEPS))
+        sparse = one_vs_rest(z_train, self._train, batch_size, weight_decay=1e-6, l1=0.01, seed=self.seed)
         for number in range(len(self.letters)):
             truth, probes = (self._train[:, number], self._truth[:, number]), []
             while len(probes) < MOST_LATENTS:

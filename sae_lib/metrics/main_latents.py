@@ -44,6 +44,8 @@ def one_vs_rest(
     ``L = mean of BCE(x W + b, truth) + l1 * mean_c |W_c|_1``, where a class' positives weigh its negatives divided by
     its positives. Adam for 50 epochs; the learning rate falls from 0.01 to 0.00001, by the same factor each epoch.
     Defaults are those of the ground-truth probe; the sparse one has ``batch_size=4096, weight_decay=1e-6, l1=0.01``.
+    Weights start at random, up to ``1 / sqrt(d_in)``: with few steps it is chance that orders them, so few examples
+    need small batches.
 
     Args:
         x: activations or codes, a row an example.

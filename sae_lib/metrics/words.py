@@ -14,7 +14,7 @@ from sae_lib.models import LanguageModel
 ASKS = " has the first letter:"
 EXAMPLES = 10
 """Words with their letters before the first that is asked; fewer if the context is short."""
-PER_WORD = 4
+PER_WORD = 2
 """Most places in the texts where a word is read."""
 
 
