@@ -216,14 +216,14 @@ def half(model: LanguageModel, site: str, records: list[Record], rows: list[tupl
 
 @torch.no_grad()
 def sparse_code(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> csc_array:
-    """The code of all tokens as a sparse matrix, for decoder rows of norm 1."""
+    """The code of all tokens as a sparse matrix; the norms of decoder rows do not matter, latents are scored by shares."""
     from scipy.sparse import csc_array
 
-    mode, found, norms = sae.training, [], sae.W_dec.norm(dim=1)
+    mode, found = sae.training, []
     try:
         sae.eval()
         for start in tqdm(range(0, len(x), ROWS_AT_ONCE), desc="encoding", leave=False, delay=2):
-            z = sae.encode(x[start : start + ROWS_AT_ONCE].to(sae.W_dec)) * norms
+            z = sae.encode(x[start : start + ROWS_AT_ONCE].to(sae.W_dec))
             tokens, latents = z.nonzero(as_tuple=True)
             found.append(torch.stack([(tokens + start).double(), latents.double(), z[tokens, latents].double()]).cpu())
     finally:

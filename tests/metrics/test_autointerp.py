@@ -106,6 +106,9 @@ def test_the_seed_decides_everything_and_halves_share_no_text(model, task):
     sae = TopKSAE(12, 24, 3)
     again, other = (Autointerp(model, SITE, records(), seed=seed) for seed in (0, 1))
     assert again(sae) == task(sae) != other(sae)
+    assert other.explain.labels != task.explain.labels
+    again.seed = 1  # of the pieces and latents alone
+    assert again(sae) != task(sae)
     assert len(task.explain.labels) + len(task.detect.labels) == sum(len(r.text.split()) for r in records())
 
 
@@ -115,12 +118,17 @@ def test_no_more_tokens_and_latents_are_used_than_asked_for(model):
     assert task(Words(model, {"the"}, {"a"}, {"red"}))["autointerp_latents"] == 2
 
 
-def test_rare_latents_are_left_out_and_a_dead_sae_has_no_score(model):
-    few = [Record("the cat")] * 15 + [Record("the red dog")] * 150
-    task = Autointerp(model, SITE, few)
-    assert [found.latent for found in task.explained(Words(model, {"cat"}, {"the"}))] == [1]
-    report = task(Words(model, {"cat"}))  # on 15 tokens, where more are needed
-    assert report["autointerp_latents"] == 0 and math.isnan(report["autointerp"])
+@pytest.mark.parametrize(("texts", "judged"), [(5, False), (6, True)])
+def test_a_latent_needs_more_than_15_tokens(model, texts, judged):
+    made = [Record("the cat cat cat")] * texts + [Record("the red dog")] * 150
+    explained = Autointerp(model, SITE, made).explained(Words(model, {"cat"}, {"the"}))
+    assert [found.latent for found in explained] == ([0, 1] if judged else [1])
+
+
+def test_an_sae_without_living_latents_has_no_score(model, task):
+    report = task(Words(model, {"queen"}))
+    assert report["autointerp_latents"] == 0
+    assert all(math.isnan(report[f"autointerp{name}"]) for name in ("", "_chance", "_f1"))
 
 
 def test_f1_of_every_label_for_every_latent():
@@ -132,23 +140,19 @@ def test_f1_of_every_label_for_every_latent():
 
 
 def test_pieces_are_strong_middling_and_random():
-    strong = 30 * np.arange(12)  # 9 to 20, thirty apart
-    tokens = np.sort(np.concatenate([strong, strong + 10, strong + 15]))
-    values = np.empty(36)
-    values[np.isin(tokens, strong)] = np.arange(9.0, 21.0)
-    values[np.isin(tokens, strong + 10)] = 30.0  # too near to be chosen beside a stronger one: they are the strongest
-    values[np.isin(tokens, strong + 15)] = np.linspace(0.0, 1.0, 12)
-    drawn = [pieces(tokens, values, 360, np.random.default_rng(seed)) for seed in range(200)]
+    """Strong: the peaks, and what is more than ten tokens from them. Middling: what is weaker than all of these."""
+    spaced, peaks, weak = 30 * np.arange(12), 30 * np.arange(0, 12, 2) + 10, 30 * np.arange(12) + 15
+    value = dict(zip(spaced, np.arange(9.0, 21.0), strict=True)) | dict.fromkeys(peaks, 30.0)
+    value |= dict(zip(weak, np.linspace(0.1, 1.0, 12), strict=True))
+    tokens = np.array(sorted(value))
+    drawn = [pieces(tokens, np.array([value[t] for t in tokens]), 360, np.random.default_rng(s)) for s in range(200)]
     assert {len(centres) for centres in drawn} == {14}
-    tops = {int(centre) for centres in drawn for centre in centres[:2]}
-    assert tops == set((strong + 10).tolist())
-    middles = [int(centre) for centres in drawn for centre in centres[2:4]]
-    assert not set(middles) & tops and min(middles) >= 0
-    chances = {centre: middles.count(centre) for centre in middles}
-    assert chances[330] > 2 * chances.get(0, 0)  # 20 squared against 9 squared
-    assert all(chances.get(centre, 0) < 20 for centre in (strong + 15).tolist())  # at most 1 squared
+    assert {centre for centres in drawn for centre in centres[:2]} == {*peaks, *spaced[1::2]}  # 10 and more
+    middling = [centre for centres in drawn for centre in centres[2:4]]
+    assert set(middling) <= {0, *weak}
+    assert middling.count(0) > 180  # 9 squared, against at most 1 squared
     randoms = [centre for centres in drawn for centre in centres[4:]]
-    assert min(randoms) < 10 and max(randoms) > 350 and max(randoms) < 360
+    assert min(randoms) < 10 and 350 < max(randoms) < 360
 
 
 @pytest.mark.parametrize(("tokens", "values"), [((), ()), ((3, 50), (1.0, 1.0)), ((3, 4, 5, 6), (4.0, 3.0, 2.0, 1.0))])
