@@ -140,6 +140,56 @@ def described(text: str) -> tuple[type[sae_lib.SAE], dict[str, Any]]:
 
 
 @app.command()
+def evaluate(
+    saes: Annotated[list[Path], typer.Argument(help="Folders of saved SAEs.")],
+    model: Annotated[str, typer.Option(help="pocket, a folder, or a name on the Hugging Face Hub.")] = "pocket",
+    site: Annotated[str, typer.Option(help="Where the activations are taken.")] = "blocks.1.hook_resid_post",
+    texts: Annotated[str, typer.Option(help="pocket, a .txt or .jsonl file, or a data set of the Hub.")] = "pocket",
+    split: Annotated[str, typer.Option(help="Of pocket or a data set; not the one that was trained on.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many texts; the Hub needs it.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens.")] = 100_000,
+    against: Annotated[str | None, typer.Option(help="book: draw them on the curves of its comparison.")] = None,
+    out: Annotated[Path, typer.Option(help="The picture, with --against.")] = Path("against.png"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; the first GPU, if there is one.")] = None,
+) -> None:
+    """Measure saved SAEs on held-out texts; with --against book, beside the book's at the same L0.
+
+    python -m sae_lib evaluate runs/topk/0-topk --against book --out mine.png
+    """
+    try:
+        if against not in (None, "book"):
+            raise ValueError(f"against must be book, got {against!r}")
+        opened = {path.name: sae_lib.load(path) for path in saes}
+        if len(opened) < len(saes):
+            raise ValueError(f"folders must have different names, got {', '.join(map(str, saes))}")
+        held = sae_lib.Activations(
+            sae_lib.load_model(model, device), site, texts=sae_lib.load_texts(texts, split, limit=limit)
+        )
+        reports = sae_lib.evaluate(list(opened.values()), held, tokens)
+        reports = dict(zip(opened, reports, strict=True))
+        for name, report in reports.items():
+            typer.echo(name + "".join(f"\n  {metric} {value:.6g}" for metric, value in report.items()))
+        if against:
+            import matplotlib
+
+            from sae_lib.against import MEASURES, beside, book_rows, draw
+
+            matplotlib.use("agg")
+            rows = book_rows(model, site)
+            for name, report in reports.items():
+                for measure in MEASURES:
+                    typer.echo(f"{name}, {measure} at its L0 of {report['l0']:.1f}: {report[measure]:.4f}")
+                    for label, found in beside(report, rows, measure).items():
+                        there = "not measured at this L0" if found is None else "{:.4f} ± {:.4f}".format(*found)
+                        typer.echo(f"  {label} {there}")
+            draw(reports, rows).savefig(out)
+            typer.echo(f"{out}  drawn on the curves of {len({row['seed'] for row in rows})} seeds")
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def reproduce(
     chapter: Annotated[str, typer.Argument(help="A chapter of book/experiments.yml, or all.")],
     scale: Annotated[str, typer.Option(help="smoke, pocket or paper.")],

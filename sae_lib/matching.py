@@ -134,7 +134,7 @@ def measured_l0(sae: SAE, held: Float[Tensor, "tokens d_in"]) -> float:
     return sum(float((sae.encode(part) != 0).sum()) for part in parts) / len(held)
 
 
-def at_equal_l0(l0: Sequence[float], values: Sequence[float], at: float) -> float:
+def at_equal_l0(l0: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, at: float) -> float:
     """A metric's curve over L0, read off at one L0: linear in log L0 between the two nearest points.
 
     Args:
@@ -148,7 +148,7 @@ def at_equal_l0(l0: Sequence[float], values: Sequence[float], at: float) -> floa
     >>> at_equal_l0([4, 16], [0.5, 0.3], at=8)  # half way, on a logarithmic axis
     0.4
     """
-    if len(l0) != len(values) or not l0 or len(set(l0)) < len(l0) or min(l0) <= 0:
+    if len(l0) != len(values) or len(l0) == 0 or len(set(l0)) < len(l0) or min(l0) <= 0:
         raise ValueError(f"a curve must have a value for each L0, all different and above 0, got {l0} and {values}")
     order = np.argsort(l0)
     x, y = np.log(np.asarray(l0, float)[order]), np.asarray(values, float)[order]

@@ -62,6 +62,7 @@ ORDER = [
     "formats",
     "plan",
     "figures",
+    "against",
     "components",
     "ledger",
     "explorer",
