@@ -119,7 +119,8 @@ def spread(test: Test, rows: Sequence[Row]) -> dict[int, float]:
 
 
 def at_equal_l0(test: Test, rows: Sequence[Row]) -> dict[int, float]:
-    """Each side's curve, linear in log L0 between its points, read off at one L0; undefined beyond a curve's ends."""
+    """Each side's curve, linear in log L0 between its points, read off at one L0. Undefined beyond a curve's ends, and
+    in a seed whose curve lacks a point that others have."""
 
     def read_off(which: str) -> dict[int, float]:
         found, metric = rows_of_arm(test, which, rows, None)
@@ -127,7 +128,8 @@ def at_equal_l0(test: Test, rows: Sequence[Row]) -> dict[int, float]:
         for row in found:
             if number(row, "l0") > 0 and math.isfinite(number(row, metric)):
                 curves.setdefault(row["seed"], []).append((math.log(row["l0"]), row[metric]))
-        at = math.log(test["l0"])
+        at, most = math.log(test["l0"]), max(map(len, curves.values()), default=0)
+        curves = {seed: curve for seed, curve in curves.items() if len(curve) == most}
         return {s: float(np.interp(at, *zip(*sorted(c), strict=True), math.nan, math.nan)) for s, c in curves.items()}
 
     a, b = read_off("a"), read_off("b")
@@ -135,13 +137,16 @@ def at_equal_l0(test: Test, rows: Sequence[Row]) -> dict[int, float]:
 
 
 def points(test: Test, rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """The rows of each seed, of the SAEs that the test names, or of all."""
+    """The rows of each seed that has all the SAEs that the test names, or all that there are."""
     found = chosen(rows, test.get("where", {}))
-    saes = test.get("saes", [row["sae"] for row in found])
-    for label in saes:
+    saes = {*test.get("saes", [row["sae"] for row in found])}
+    for label in sorted(saes):
         chosen(found, {"sae": label})
-    seeds = sorted({row["seed"] for row in found})
-    return {seed: [row for row in found if row["seed"] == seed and row["sae"] in saes] for seed in seeds}
+    of_seeds: dict[int, list[Row]] = {}
+    for row in found:
+        if row["sae"] in saes:
+            of_seeds.setdefault(row["seed"], []).append(row)
+    return {seed: some for seed, some in of_seeds.items() if {row["sae"] for row in some} == saes}
 
 
 def rank_correlation(test: Test, rows: Sequence[Row]) -> dict[int, float]:

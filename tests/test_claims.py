@@ -173,6 +173,8 @@ def test_curves_are_read_off_in_log_l0_and_not_beyond_their_ends():
     rows = [row("A", 0, m=0.5, l0=8.0), row("A", 0, m=0.9, l0=32.0), row("B", 0, m=0.1, l0=16.0)]
     assert effects(rows, statistic="at_equal_l0", l0=16) == {0: pytest.approx(0.6)}
     assert effects(rows, statistic="at_equal_l0", l0=20) == {}
+    rows += [row("A", 1, m=0.5, l0=16.0), row("B", 1, m=0.1, l0=16.0)]  # a curve of one point, where seed 0 has two
+    assert list(effects(rows, statistic="at_equal_l0", l0=16)) == [0]
     assert "undefined in every seed" in one(rows, test={"statistic": "at_equal_l0", "l0": 20}).reason
 
 
@@ -184,6 +186,13 @@ def test_rank_correlation_is_over_saes_and_settings():
     assert effects(rows, **asked) == {0: pytest.approx(0.2)}  # 1 - 6 * (4 + 0 + 4 + 0) / (4 * 15)
     assert effects(rows, **asked, saes=["A", "B", "C"]) == {0: pytest.approx(-1)}
     assert effects(rows[:2], **asked) == {}
+
+
+def test_a_seed_that_lacks_one_of_the_saes_is_left_out():
+    rows = [row(sae, seed, m=float(ord(sae)), n=1.0 + seed * ord(sae)) for seed in (1, 2) for sae in "ABCD"]
+    asked = {"metric": ["m", "n"], "statistic": "rank_correlation", "a": None, "b": None}
+    assert effects(rows[1:], **asked) == {2: pytest.approx(1)}
+    assert effects(rows[1:], **asked, saes=["B", "C", "D"]) == {1: pytest.approx(1), 2: pytest.approx(1)}
 
 
 def test_reliability_is_the_share_of_variance_that_is_not_noise():
