@@ -216,7 +216,7 @@ def half(model: LanguageModel, site: str, records: list[Record], rows: list[tupl
 
 @torch.no_grad()
 def sparse_code(sae: SAE, x: Float[Tensor, "tokens d_in"]) -> csc_array:
-    """The code of all tokens as a sparse matrix; the norms of decoder rows do not matter, latents are scored by shares."""
+    """The code of all tokens as a sparse matrix. Norms of decoder rows do not matter here: every limit is a share."""
     from scipy.sparse import csc_array
 
     mode, found = sae.training, []
