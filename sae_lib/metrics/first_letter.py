@@ -11,8 +11,11 @@ Which letter a word begins with is a property with a known answer that a model m
     7  the mean over the letter's words; the score is the mean over letters
 
 Words are met in one of two places. In the reference's *prompts* (ten words with their letters, then the word) the model
-is busy with spelling. In *running text* it is not, and the letter competes with all else that the word means. On the
-embedded model absorption is nearly absent in prompts. Its letters are taught, so that the probe is no discovery there.
+is busy with spelling. In *running text* it is not, and the letter competes with all else that the word means. The
+letters of the embedded model are taught, so that the probe is no discovery there.
+
+Blind to: why main latents are silent. Where no latent detects the letter well (``main_f1``), other latents that happen
+to lean on the probe look like absorbers; an untrained SAE can score above a trained one, and belongs beside it.
 
 Definitions: SAEBench (Karvonen et al. 2025, arXiv 2503.09532) and Chanin et al. 2024 (arXiv 2409.14507), read as code.
 Differences: one prompt a word serves probes and absorption, where the reference draws two; its examples are train

@@ -105,6 +105,15 @@ def test_words_whose_letter_another_latent_writes_are_absorbed(task, speller, no
     assert 0.9 < report["main_f1"] < 1
 
 
+def test_the_answer_is_asked_for_right_after_the_question(task, speller, monkeypatch):
+    rows, pad = [], speller.pad
+    monkeypatch.setattr(speller, "pad", lambda part: rows.extend(part) or pad(part))
+    words, _ = absorbed(task)
+    task.by_ablation(Dictionary(speller, words))
+    ends = [speller.tokenizer.convert_ids_to_tokens(row)[-6:] for row in rows]
+    assert sorted(ends) == [[word, "has", "the", "first", "letter", ":"] for word in words]
+
+
 def test_the_model_confirms_that_it_needs_the_absorbing_latent(task, speller):
     words, rate = absorbed(task)
     assert task.by_ablation(Dictionary(speller)) == {"absorption_by_ablation": 0, "ablated": 0}
@@ -151,6 +160,7 @@ def test_train_and_test_words_differ_and_capitals_do_not_make_a_word_another(spe
     for place in places:
         assert speller.tokenizer.convert_ids_to_tokens(place.row[place.position]) == place.word
         assert len(place.row) < speller.context
+        assert place.row.count(place.row[place.position]) == 1  # not among its own examples
         first = speller.tokenizer.convert_ids_to_tokens(place.row)
         assert set(first[: first.index(place.word)]) & test <= test - {place.word}
 
@@ -177,6 +187,7 @@ def test_the_embedded_model_knows_letters():
     model = load_model("pocket", device="cpu")
     texts = load_texts("pocket", split="validation", register="spelling", limit=60)
     task = FirstLetter(model, "blocks.1.hook_resid_post", texts=texts)
+    assert [place.word for place in places_in(model, ["Cats, lamp"])] == ["lamp"]  # C, ##ats, comma, lamp
     report = task(TopKSAE(d_in=128, d_sae=64, k=8))
     assert 2 <= report["letters"] == len(task.letters)
     assert 0 <= report["absorption_full"] <= 1
