@@ -19,9 +19,11 @@ from torch import Tensor
 
 from sae_lib.activations import Activations
 from sae_lib.cached import CachedActivations
-from sae_lib.data import Batch, PlantedDictionary, PlantedStream, load_texts
+from sae_lib.data import SPLITS, Batch, PlantedDictionary, PlantedStream, load_texts
 from sae_lib.metrics.evaluation import rows
+from sae_lib.metrics.sparse_probing import labelled_texts
 from sae_lib.models import load_model
+from sae_lib.pocket.spelling import split_words
 from sae_lib.sae import whole
 
 CACHES = Path(__file__).parent.parent / "_build" / "activations"
@@ -99,7 +101,13 @@ class LanguageGround(Ground):
         held: held-out tokens of one measurement.
         limit: at most so many texts of a split; the Hub needs it.
         cache: write the training activations to disk first, and read them from there in every training.
-        letters: where first letters are looked for: in the held-out ``texts``, or in ``prompts``, as SAEBench does.
+        labelled: labelled texts of the Hub for sparse probing, as arguments of `labelled_texts`; the embedded texts
+            carry their labels.
+
+    Attributes:
+        spelled: where first letters are looked for, and of which words: in the held-out embedded texts, the words whose
+            letters the embedded model was taught; of other models None and None, for SAEBench's prompts.
+        probed: labelled texts for sparse probing, and the most of a class.
     """
 
     def __init__(
@@ -111,16 +119,19 @@ class LanguageGround(Ground):
         held: int,
         limit: int | None = None,
         cache: bool = False,
-        letters: str = "prompts",
+        labelled: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if letters not in ("prompts", "texts"):
-            raise ValueError(f"letters must be prompts or texts, got {letters!r}")
         self.model, self.site = load_model(model), site
         self.texts = {split: load_texts(texts, split=split, limit=limit) for split in ("train", "test")}
         self.batch_size, self.held, self.cache = whole("batch_size", batch_size), whole("held", held), cache
         self.d_in = self.model.width(site)
-        self.spelled = self.texts["test"] if letters == "texts" else None
+        self.spelled, self.probed = (None, None), None if labelled is None else (labelled_texts(**labelled), 5000)
+        if texts == "pocket":
+            natural = [record for record in self.texts["test"] if record.register != "spelling"]
+            taught = split_words(self.model.tokenizer.get_vocab())
+            self.spelled = natural, [word for split in SPLITS for word in taught[split]]
+            self.probed = self.texts["train"], 400
 
     def stream(self, seed: int) -> Activations | CachedActivations:
         """To train on."""

@@ -79,11 +79,21 @@ def densities(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> li
     return each(lambda sae: zipf_fit(density(sae.encode(x))), saes)
 
 
+def probing(on: LanguageGround, seed: int) -> SparseProbing:
+    if on.probed is None:
+        raise ValueError("sparse probing needs labelled texts, this ground has none: give it labelled")
+    texts, size = on.probed
+    return SparseProbing(on.model, on.site, texts, seed=seed, size=size)
+
+
 def task(make: Callable[[LanguageGround, int], Callable[[SAE], Metrics]]) -> Measure:
     """A measurement that prepares much, once for each repetition, and then takes one SAE at a time."""
 
     def measure(saes: Sequence[SAE], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics | str]:
-        prepared = ground.prepared((make, repeat), lambda: make(ground, repeat))
+        try:
+            prepared = ground.prepared((make, repeat), lambda: make(ground, repeat))
+        except ValueError as error:
+            return [str(error)] * len(saes)
         return each(prepared, saes)
 
     return measure
@@ -115,8 +125,8 @@ MEASURES: dict[str, Measure] = {
     "recovery": recovery,
     "planted_absorption": planted_hierarchy,
     "density": densities,
-    "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, on.spelled, seed=seed)),
-    "sparse_probing": task(lambda on, seed: SparseProbing(on.model, on.site, on.texts["test"], seed=seed)),
+    "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, *on.spelled, seed=seed)),
+    "sparse_probing": task(probing),
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
     "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),
     "autointerp": task(lambda on, seed: Autointerp(on.model, on.site, on.texts["test"], seed=seed)),
