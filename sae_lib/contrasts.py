@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from sae_lib import matching
 from sae_lib.results import Row
 
 ALIKE = 0.03
@@ -119,18 +121,22 @@ def spread(test: Test, rows: Sequence[Row]) -> dict[int, float]:
 
 
 def at_equal_l0(test: Test, rows: Sequence[Row]) -> dict[int, float]:
-    """Each side's curve, linear in log L0 between its points, read off at one L0. Undefined beyond a curve's ends, and
-    in a seed whose curve lacks a point that others have."""
+    """Each side's curve, read off at one L0 (`sae_lib.matching`). Undefined in a seed whose curve does not reach it, or
+    lacks a point that others have."""
 
     def read_off(which: str) -> dict[int, float]:
         found, metric = rows_of_arm(test, which, rows, None)
         curves: dict[int, list[tuple[float, float]]] = {}
         for row in found:
             if number(row, "l0") > 0 and math.isfinite(number(row, metric)):
-                curves.setdefault(row["seed"], []).append((math.log(row["l0"]), row[metric]))
-        at, most = math.log(test["l0"]), max(map(len, curves.values()), default=0)
-        curves = {seed: curve for seed, curve in curves.items() if len(curve) == most}
-        return {s: float(np.interp(at, *zip(*sorted(c), strict=True), math.nan, math.nan)) for s, c in curves.items()}
+                curves.setdefault(row["seed"], []).append((row["l0"], row[metric]))
+        most = max(map(len, curves.values()), default=0)
+        values = {}
+        for seed, curve in curves.items():
+            if len(curve) == most:
+                with suppress(ValueError):  # it does not reach this L0
+                    values[seed] = matching.at_equal_l0(*zip(*curve, strict=True), at=test["l0"])
+        return values
 
     a, b = read_off("a"), read_off("b")
     return {seed: a[seed] - b[seed] for seed in a if seed in b}

@@ -136,7 +136,7 @@ def measured_l0(sae: SAE, held: Float[Tensor, "tokens d_in"]) -> float:
     return sum(float((sae.encode(part) != 0).sum()) for part in parts) / len(held)
 
 
-def at_equal_l0(l0: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, at: float) -> float:
+def at_equal_l0(l0: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray, at: float | int) -> float:
     """A metric's curve over L0, read off at one L0: linear in log L0 between the two nearest points.
 
     Args:
