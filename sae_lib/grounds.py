@@ -74,7 +74,8 @@ class PlantedGround(Ground):
 
     def __init__(self, planted: dict[str, Any], batch_size: int, held: int):
         super().__init__()
-        self.planted, self.batch_size = planted, whole("batch_size", batch_size)
+        self.planted = planted | {"hierarchy": tuple(planted.get("hierarchy", ()))}
+        self.batch_size = whole("batch_size", batch_size)
         self.d_in, self.held = planted["d_in"], whole("held", held)
 
     def dictionary(self, seed: int) -> PlantedDictionary:

@@ -6,13 +6,16 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 import sae_lib
 from sae_lib import reproduce, results
-from sae_lib.experiments import experiments
+from sae_lib.experiments import described, experiments, rows
+from sae_lib.grounds import ground
 from sae_lib.measures import MEASURES
 
 DESCRIPTION = {
@@ -214,10 +217,35 @@ def test_a_run_killed_at_every_point_ends_with_the_same_bits_and_repeats_nothing
 
 
 def test_every_committed_experiment_names_measures_that_fit_its_ground():
-    from sae_lib.experiments import described
-
     for chapter in set(described()) - {"grounds"}:
         for experiment in experiments(chapter, "pocket"):
             asked = {measure for sae in experiment.saes for measure in sae.configuration["measures"]}
             planted = "planted" in experiment.ground
             assert not asked & ({"first_letter", "sparse_probing", "steering"} if planted else {"recovery"})
+
+
+# What is committed ----------------------------------------------------------------------------------------------------
+
+CHEAP = [
+    ("gated/shrinkage", "Gated", {"l1": 0.45}),
+    ("batchtopk/curves", "BatchTopK", {"target": 3}),
+    ("evaluation/world", "TopK", {"target": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "label", "setting"), CHEAP, ids=[name for name, *_ in CHEAP])
+def test_a_committed_row_comes_out_again(name, label, setting, tmp_path):
+    """Trained anew with its seed, each number lies within the interval that the seeds' spread gives it."""
+    chapter, name = name.split("/")
+    (one,) = (each for each in experiments(chapter, "pocket") if each.name == name)
+    (sae,) = (each for each in one.saes if each.label == label and each.setting == setting)
+    configuration = results.sha256_of(sae.configuration)
+    committed = [row for row in rows(chapter, "pocket") if row["configuration_sha256"] == configuration]
+    assert len(committed) == one.seeds
+    ((again,), missed) = reproduce.run(one, 0, [sae], ground(one.ground), tmp_path)
+    assert missed == []
+    (first,) = (row for row in committed if row["seed"] == 0)
+    for metric in ("fvu", "l0", "l2_ratio", "alive", "mcc", "f1"):
+        values = np.array([row[metric] for row in committed])
+        half = stats.t.ppf(0.995, len(values) - 1) * values.std(ddof=1)
+        assert abs(again["metrics"][metric] - first[metric]) <= half + 1e-9, metric
