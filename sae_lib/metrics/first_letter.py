@@ -58,24 +58,6 @@ LEAST_STEPS = 16
 """Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
 MOST_LATENTS = 10
 """Most main latents of a letter."""
-LEAST_F1 = 0.6
-"""Of the ground-truth probe, for a letter to count."""
-LEAST_STEPS = 16
-"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
-MOST_LATENTS = 10
-"""Most main latents of a letter."""
-LEAST_F1 = 0.6
-"""Of the ground-truth probe, for a letter to count."""
-LEAST_STEPS = 16
-"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
-MOST_LATENTS = 10
-"""Most main latents of a letter."""
-LEAST_F1 = 0.6
-"""Of the ground-truth probe, for a letter to count."""
-LEAST_STEPS = 16
-"""Of the sparse probe in an epoch, whose batches hold 4,096 words if there are enough."""
-MOST_LATENTS = 10
-"""Most main latents of a letter."""
 FREQUENT = 300
 """How many of the words in the texts are called frequent."""
 ROWS_AT_ONCE = 64
