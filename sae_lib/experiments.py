@@ -12,7 +12,7 @@
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
 
 An argument that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched for, until the
-measured held-out L0 lies within 1.5% of the target (`sae_lib.matching`). What is costly can be kept to a part of the
+measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a part of the
 grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name. All SAEs of a
 seed are trained on one stream, in one order of the data. `sae_lib.reproduce` runs it.
 """

@@ -20,10 +20,8 @@ from sae_lib.data import Batch
 from sae_lib.sae import SAE, positive
 from sae_lib.train import train
 
-WITHIN = 0.015
-"""Largest relative distance of a measured L0 from the target: any two SAEs that were matched differ by 3% at most."""
-BEYOND = 0.03
-"""A curve may be read off so far beyond its ends, relatively."""
+WITHIN = 0.03
+"""Largest relative distance of a measured L0 from the target; and of an L0 from the end of a curve that is read."""
 ROUNDS = 10
 """Most trainings of one search."""
 SLOPES = {"l1_coeff": -1.5, "target_l0": 1.0}
@@ -57,7 +55,7 @@ class Search:
 
     @property
     def met(self) -> bool:
-        """Whether the last L0 lies within 1.5% of the target."""
+        """Whether the last L0 lies within 3% of the target."""
         return bool(self.tried) and abs(self.tried[-1][1] / self.target - 1) <= WITHIN
 
     def tell(self, l0: float) -> None:
@@ -89,7 +87,7 @@ class Search:
         if len(self.tried) == ROUNDS or any(math.isclose(self.guess, past, rel_tol=1e-4) for past, _ in self.tried):
             tried = ", ".join(f"{coefficient:.4g} gives {l0:.2f}" for coefficient, l0 in self.tried)
             raise ValueError(
-                f"L0 must come within {WITHIN:.1%} of {self.target:g} in at most {ROUNDS} trainings, got: {tried}; "
+                f"L0 must come within {WITHIN:.0%} of {self.target:g} in at most {ROUNDS} trainings, got: {tried}; "
                 "choose another first coefficient, a reachable target, or train longer"
             )
 
@@ -103,7 +101,7 @@ def match_l0(
     tokens: int = 1_000_000,
     slope: float = -1.0,
 ) -> tuple[SAE, float]:
-    """Train a variant until its measured L0 on held-out rows lies within 1.5% of the target.
+    """Train a variant until its measured L0 on held-out rows lies within 3% of the target.
 
     Args:
         make: the untrained SAE for a coefficient, such as ``lambda c: ReLUSAE(128, 1024, l1_coeff=c)``.
@@ -154,7 +152,7 @@ def at_equal_l0(l0: Sequence[float] | np.ndarray, values: Sequence[float] | np.n
         raise ValueError(f"a curve must have a value for each L0, all different and above 0, got {l0} and {values}")
     order = np.argsort(l0)
     x, y = np.log(np.asarray(l0, float)[order]), np.asarray(values, float)[order]
-    allowed = np.log1p(BEYOND)
+    allowed = np.log1p(WITHIN)
     if not x[0] - allowed <= math.log(positive("at", at)) <= x[-1] + allowed:
         raise ValueError(
             f"at must lie between the L0s of the curve, {min(l0):.2f} and {max(l0):.2f}, got {at:g}; "

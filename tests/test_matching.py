@@ -13,7 +13,7 @@ from sae_lib.matching import Search, at_equal_l0, match_l0, measured_l0
 @pytest.mark.parametrize("start", [0.01, 0.3, 20.0])
 def test_a_power_law_is_met_within_a_few_trainings(slope, start):
     search = searched(Search(16, start, slope=math.copysign(1.0, slope)), lambda c: 5 * c**slope)
-    assert abs(5 * search.guess**slope / 16 - 1) <= 0.015
+    assert abs(5 * search.guess**slope / 16 - 1) <= 0.03
     assert len(search.tried) <= 8
 
 
@@ -31,7 +31,7 @@ def searched(search: Search, l0) -> Search:
 
 
 def test_a_target_out_of_reach_names_what_was_tried():
-    with pytest.raises(ValueError, match=r"within 1.5% of 16 in at most 10 trainings, got: 1 gives 4.00, 0.25 gives"):
+    with pytest.raises(ValueError, match=r"within 3% of 16 in at most 10 trainings, got: 1 gives 4.00, 0.25 gives"):
         searched(Search(16, 1.0), lambda coefficient: 4.0)
 
 
@@ -54,7 +54,7 @@ def test_match_l0_trains_until_the_held_out_l0_is_met():
     sae, coefficient = match_l0(
         lambda c: sae_lib.ReLUSAE(8, 16, l1_coeff=c), planted.batches(128), held, target=2.5, start=0.1, tokens=20_000
     )
-    assert abs(measured_l0(sae, held) / 2.5 - 1) <= 0.015
+    assert abs(measured_l0(sae, held) / 2.5 - 1) <= 0.03
     assert coefficient != 0.1
     assert sae.l1_coeff == coefficient
 

@@ -91,7 +91,7 @@ def test_rows_are_what_plain_training_and_evaluation_give(whole):
 
 def test_searched_l0_meets_the_target_and_the_coefficient_is_kept(whole):
     rows = rows_of(whole)
-    assert abs(rows["ReLU"]["l0"] / 2 - 1) <= 0.015
+    assert abs(rows["ReLU"]["l0"] / 2 - 1) <= 0.03
     assert set(rows["ReLU"]["found"]) == {"l1_coeff"}
     assert rows["TopK"]["found"] == {}
 
@@ -144,7 +144,7 @@ def test_an_l0_out_of_reach_leaves_its_row_out_and_says_so(asked, tmp_path):
     asked["path"].write_text(yaml.safe_dump(description))
     added, missed = reproduce.reproduce(**asked, seeds=1)
     assert added == 1
-    assert missed[0].startswith("ReLU, {'d_sae': 16, 'target': 40}, seed 0: L0 must come within 1.5% of 40")
+    assert missed[0].startswith("ReLU, {'d_sae': 16, 'target': 40}, seed 0: L0 must come within 3% of 40")
 
 
 def test_a_metric_that_is_no_number_is_stored_as_unknown(asked, monkeypatch, tmp_path):
