@@ -96,7 +96,8 @@ def draw(reports: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -> Figur
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.9), squeeze=False, layout="constrained")
     for ax, (measure, label) in zip(axes[0], shown.items(), strict=True):
         frontier(curves(rows, measure), ax, y_label=label)
-        ax.get_legend().remove()
+        if legend := ax.get_legend():
+            legend.remove()
         for name, report in reports.items():
             ax.plot(report["l0"], report[measure], "*", color=INK, markersize=13, zorder=5, clip_on=False)
             ax.annotate(name, (report["l0"], report[measure]), (6, 6), textcoords="offset points")
