@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from sae_lib.activations import Activations
 from sae_lib.data import Batch
-from sae_lib.metrics.reconstruction import Reconstruction, kl, loss_recovered
+from sae_lib.metrics.reconstruction import Reconstruction, divergences, loss_recovered
 from sae_lib.models import LanguageModel
 from sae_lib.sae import SAE, as_batch, whole
 
@@ -111,14 +111,14 @@ def on_model(
             patch = None if replace is None else lambda x: torch.where(content, replace(x), x)
             return model.logits(sequence, None if patch is None else site, patch)[:, :-1][keep].float()
 
-        clean = predicted()
-        shared["clean"] += F.cross_entropy(clean, targets, reduction="sum").item()
+        log_p = predicted().log_softmax(-1)
+        shared["clean"] += F.nll_loss(log_p, targets, reduction="sum").item()
         for name, ablation in ablations.items():
             shared[name] += F.cross_entropy(predicted(ablation), targets, reduction="sum").item()
         for place, patch in enumerate(patches):
-            logits = predicted(patch)
-            patched[place] += F.cross_entropy(logits, targets, reduction="sum").item()
-            divergence[place] += kl(clean, logits).sum().item()
+            log_q = predicted(patch).log_softmax(-1)
+            patched[place] += F.nll_loss(log_q, targets, reduction="sum").item()
+            divergence[place] += divergences(log_p, log_q).sum().item()
         counted += len(targets)
         if counted >= tokens:
             break

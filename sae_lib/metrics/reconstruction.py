@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -236,11 +237,17 @@ def kl(
             f"logits and patched_logits must have the same shape (..., vocabulary), got {tuple(logits.shape)} and "
             f"{tuple(patched_logits.shape)}"
         )
-    log_p, log_q = logits.float().log_softmax(-1), patched_logits.float().log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    divergence = divergences(logits.float().log_softmax(-1), patched_logits.float().log_softmax(-1))
     if not torch.isfinite(divergence).all():
         raise ValueError("logits must be finite, got NaN or infinite ones; look for overflow in a 16-bit model")
     return divergence
+
+
+def divergences(
+    log_p: Float[Tensor, "*tokens vocabulary"], log_q: Float[Tensor, "*tokens vocabulary"]
+) -> Float[Tensor, "*tokens"]:
+    """`kl` of logarithms of probabilities, which a caller with many q computes once of p."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 # Over a stream -------------------------------------------------------------------------------------------------------
