@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 # before torch or transformers are imported; chapters under test inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,9 @@ os.environ.setdefault("SAE_LIB_SCALE", "smoke")
 
 import jaxtyping
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job: the tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
