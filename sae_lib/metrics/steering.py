@@ -15,7 +15,8 @@ large an SAE's activations are. Logits are taken less their mean over the vocabu
 Two controls: random directions of the same size, which have no targets of their own and are asked for the latent's; and
 the untrained SAE, whose directions are random and have targets. The second is the harder one: with tied or nearly tied
 embeddings any direction raises the tokens that it points at. For this reason the target is chosen by probability; by
-logit, every direction finds a rare token, and random ones rise as high as trained ones.
+logit, every direction finds a rare token, and random ones rise as high as trained ones. That was seen first, on one
+trained and one untrained SAE of the embedded model; the definition was chosen because it tells them apart.
 """
 
 from __future__ import annotations
