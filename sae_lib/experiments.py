@@ -6,7 +6,8 @@
       version: raised when its meaning changes
       ground: name of a ground
       settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
-      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others}}
+      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others;
+                     version, raised when its training changes}}
       measures: names of `sae_lib.measures`
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
@@ -173,6 +174,7 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     parts = {name: valued(part) for name, part in asked.items() if name != "only"}
     variant, control = parts.pop("variant", None), parts.pop("control", None)
     tokens = parts.pop("tokens", shared["tokens"])
+    version = {"sae_version": parts.pop("version")} if "version" in parts else {}
     if variant not in (*VARIANTS, "pca"):
         raise ValueError(f"variant of {label} must be one of {', '.join(VARIANTS)}, pca, got {variant!r}")
     if control not in (None, *CONTROLS):
@@ -184,7 +186,7 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     searched = [value for value in arguments.values() if isinstance(value, dict)]
     if any(set(value) != {"match", "start"} for value in searched) or len(searched) > 1:
         raise ValueError(f"{label} may search for one argument, by {{match: L0, start: guess}}, got {searched}")
-    own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments}
+    own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments} | version
     return Planned(label, setting, shared | own)
 
 

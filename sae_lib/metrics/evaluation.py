@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib.activations import Activations
 from sae_lib.data import Batch
-from sae_lib.metrics.reconstruction import Reconstruction, divergences, loss_recovered
+from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
+from sae_lib.metrics.reconstruction import Reconstruction
 from sae_lib.models import LanguageModel
 from sae_lib.sae import SAE, as_batch, whole
-
-MODEL_TOKENS = 16_384
-"""Tokens on which the model itself is run; fewer if fewer are asked for."""
 
 Report = dict[str, int | float]
 
@@ -66,8 +63,9 @@ def evaluate(
             total = total + x.double().sum(0)
         reports = [accumulator.compute() for accumulator in accumulators]
         if isinstance(stream, Activations) and isinstance(stream.model, LanguageModel):
-            mean = (total / accumulators[0].tokens).to(stream.model.device, stream.model.dtype)
-            losses = on_model(several, stream, mean, min(tokens, MODEL_TOKENS))
+            mean = total / accumulators[0].tokens
+            patched = PatchedLoss(stream, min(tokens, MODEL_TOKENS), mean)
+            losses = patched([lambda x, rows, sae=sae: sae(x) for sae in several])
             reports = [report | loss for report, loss in zip(reports, losses, strict=True)]
     finally:
         for sae, mode in zip(several, modes, strict=True):
@@ -92,47 +90,3 @@ def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor
                 return
     if not seen:
         raise ValueError("the stream must yield at least one row, got none; is it an iterator that was used up?")
-
-
-def on_model(
-    saes: Sequence[SAE], stream: Activations, mean: Float[Tensor, " d_in"], tokens: int
-) -> list[dict[str, int | float]]:
-    """Loss and divergence of the model when the site is replaced, over the stream's first sequences."""
-    model, site = stream.model, stream.site
-    ablations = {"zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
-    patches = [lambda x, sae=sae: sae(x.flatten(0, 1).float()).to(x.dtype).view_as(x) for sae in saes]
-    shared, patched = dict.fromkeys(("clean", *ablations), 0.0), [0.0] * len(saes)
-    divergence, counted = [0.0] * len(saes), 0
-    for sequence in stream.sequences(by_length=False):
-        content, keep = model.content(sequence).unsqueeze(-1), sequence.mask[:, 1:]
-        targets = sequence.ids[:, 1:][keep]
-
-        def predicted(replace=None, sequence=sequence, content=content, keep=keep):
-            patch = None if replace is None else lambda x: torch.where(content, replace(x), x)
-            return model.logits(sequence, None if patch is None else site, patch)[:, :-1][keep].float()
-
-        log_p = predicted().log_softmax(-1)
-        shared["clean"] += F.nll_loss(log_p, targets, reduction="sum").item()
-        for name, ablation in ablations.items():
-            shared[name] += F.cross_entropy(predicted(ablation), targets, reduction="sum").item()
-        for place, patch in enumerate(patches):
-            log_q = predicted(patch).log_softmax(-1)
-            patched[place] += F.nll_loss(log_q, targets, reduction="sum").item()
-            divergence[place] += divergences(log_p, log_q).sum().item()
-        counted += len(targets)
-        if counted >= tokens:
-            break
-    clean, zero, ablated = (shared[name] / counted for name in ("clean", "zero", "mean"))
-    return [
-        {
-            "loss_clean": clean,
-            "loss_patched": loss / counted,
-            "loss_zero": zero,
-            "loss_mean": ablated,
-            "loss_recovered": loss_recovered(clean, loss / counted, zero),
-            "loss_recovered_mean": loss_recovered(clean, loss / counted, ablated),
-            "kl": away / counted,
-            "model_tokens": counted,
-        }
-        for loss, away in zip(patched, divergence, strict=True)
-    ]

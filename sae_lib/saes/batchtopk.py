@@ -25,8 +25,9 @@ from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positiv
 from sae_lib.selection import above, top_of_batch
 from sae_lib.sparse import Code, Scores
 
-MEMORY = 0.99
-"""Share of the running mean that one step keeps: it remembers about 100 batches."""
+MEMORY = 0.95
+"""Share of the running mean that one step keeps. It remembers about 20 batches: a batch's smallest living value hardly
+varies, and what a short run learned 100 batches ago is out of date (in 300 batches of pocket, 0.99 kept 93% of the L0, 0.95 keeps 101%)."""
 
 
 class BatchTopKSAE(SAE):
