@@ -26,8 +26,8 @@ from sae_lib.selection import above, top_of_batch
 from sae_lib.sparse import Code, Scores
 
 MEMORY = 0.95
-"""Share of the running mean that one step keeps. It remembers about 20 batches: a batch's smallest living value hardly
-varies, and what a short run learned 100 batches ago is out of date (in 300 batches of pocket, 0.99 kept 93% of the L0, 0.95 keeps 101%)."""
+"""Share of the running mean that one step keeps: it remembers about 20 batches. A batch's smallest living value hardly
+varies, and a short run leaves its past behind: in 300 batches of pocket, 0.99 kept 93% of the L0, 0.95 keeps 101%."""
 
 
 class BatchTopKSAE(SAE):
