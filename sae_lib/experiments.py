@@ -65,6 +65,12 @@ class Planned:
         return self.configuration["tokens"]
 
     @property
+    def needs_grad(self) -> bool:
+        """Whether it is trained on gradients of the model's loss too."""
+        variant = self.configuration["variant"]
+        return variant in VARIANTS and "grad" in VARIANTS[variant].needs
+
+    @property
     def search(self) -> tuple[str, Search] | None:
         """The argument that is searched for, if there is one, and a new search for it."""
         for name, value in self.configuration["arguments"].items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ class Ground:
     d_in: int
     held: int
     """Held-out rows of one measurement."""
+    grad: bool = False
+    """Whether all SAEs are trained on batches with gradients, also those that do not need them."""
 
     def __init__(self) -> None:
         self._prepared: dict[tuple, Any] = {}
@@ -54,8 +55,8 @@ class Ground:
         stream = self.held_out(seed, repeat)
         return self.prepared(("rows", seed, repeat), lambda: torch.cat(list(rows(stream, self.held))))
 
-    def stream(self, seed: int) -> Iterable[Batch]:
-        """To train on."""
+    def stream(self, seed: int, grad: bool = False) -> Iterable[Batch]:
+        """To train on; with the gradients of the model's loss, if they are asked for or all trainings have them."""
         raise NotImplementedError
 
     def held_out(self, seed: int, repeat: int) -> Iterable[Batch]:
@@ -82,8 +83,14 @@ class PlantedGround(Ground):
         """The world of a seed."""
         return self.prepared(("dictionary", seed), lambda: PlantedDictionary(**self.planted, seed=seed))
 
-    def stream(self, seed: int) -> PlantedStream:
-        """To train on."""
+    def stream(self, seed: int, grad: bool = False) -> PlantedStream:
+        """To train on.
+
+        Raises:
+            ValueError: if gradients are asked for: no model reads these samples.
+        """
+        if grad:
+            raise ValueError("gradients need a model, whose loss they are of, got a planted world: take another ground")
         return self.dictionary(seed).batches(self.batch_size, seed=seed)
 
     def held_out(self, seed: int, repeat: int) -> PlantedStream:
@@ -102,6 +109,8 @@ class LanguageGround(Ground):
         held: held-out tokens of one measurement.
         limit: at most so many texts of a split; the Hub needs it.
         cache: write the training activations to disk first, and read them from there in every training.
+        grad: train all SAEs on batches with gradients, which have no last tokens of texts, so that those that need
+            gradients and those that do not see the same rows; without it only those that need them do.
         labelled: labelled texts of the Hub for sparse probing, as arguments of `labelled_texts`; the embedded texts
             carry their labels.
 
@@ -120,12 +129,14 @@ class LanguageGround(Ground):
         held: int,
         limit: int | None = None,
         cache: bool = False,
+        grad: bool = False,
         labelled: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.model, self.site = load_model(model), site
         self.texts = {split: load_texts(texts, split=split, limit=limit) for split in ("train", "test")}
-        self.batch_size, self.held, self.cache = whole("batch_size", batch_size), whole("held", held), cache
+        self.batch_size, self.held = whole("batch_size", batch_size), whole("held", held)
+        self.cache, self.grad, self._cached = cache, grad, {}
         self.d_in = self.model.width(site)
         self.spelled, self.probed = (None, None), None if labelled is None else (labelled_texts(**labelled), 5000)
         if texts == "pocket":
@@ -134,26 +145,30 @@ class LanguageGround(Ground):
             self.spelled = natural, [word for split in SPLITS for word in taught[split]]
             self.probed = self.texts["train"], 400
 
-    def stream(self, seed: int) -> Activations | CachedActivations:
-        """To train on."""
+    def stream(self, seed: int, grad: bool = False) -> Activations | CachedActivations:
+        """To train on; with gradients, if they are asked for or all trainings have them."""
+        grad = grad or self.grad
         if not self.cache:
-            options = {"texts": self.texts["train"], "batch_size": self.batch_size, "seed": seed}
-            return Activations(self.model, self.site, **options)
-        cached = self.cached
-        cached.seed = seed
-        return cached
+            return self._stream(seed, grad)
+        if grad not in self._cached:
+            stream = self._stream(0, grad)
+            self._cached[grad] = stream.cache(CACHES / name_of(stream))
+        self._cached[grad].seed = seed
+        return self._cached[grad]
 
-    @cached_property
-    def cached(self) -> CachedActivations:
-        """The training activations on disk, in 32 bits; written when they are first asked for."""
-        stream = Activations(self.model, self.site, texts=self.texts["train"], batch_size=self.batch_size)
-        name = hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return stream.cache(CACHES / name)
+    def _stream(self, seed: int, grad: bool) -> Activations:
+        options = {"texts": self.texts["train"], "batch_size": self.batch_size, "seed": seed, "grad": grad}
+        return Activations(self.model, self.site, **options)
 
     def held_out(self, seed: int, repeat: int) -> Activations:
         """Texts that no training sees, the same for all seeds; a repetition begins with others of them."""
         options = {"texts": self.texts["test"], "batch_size": self.batch_size, "seed": repeat}
         return Activations(self.model, self.site, **options)
+
+
+def name_of(stream: Activations) -> str:
+    """The folder of a stream's cache: another stream has another."""
+    return hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def ground(described: dict[str, Any]) -> Ground:

@@ -327,25 +327,49 @@ class LanguageModel:
         return self._run(tokens.ids, site, replace)
 
     def loss(
-        self, tokens: Tokens | Tensor, site: str | None = None, patch: Callable[[Tensor], Tensor] | None = None
+        self,
+        tokens: Tokens | Tensor,
+        site: str | None = None,
+        patch: Callable[[Tensor], Tensor] | None = None,
+        labels: Int[Tensor, "batch next"] | None = None,
     ) -> tuple[Float[Tensor, "batch next"], Bool[Tensor, "batch next"]]:
         """Cross-entropy of each next token, in nats, and where it counts: where the next token is not padding.
 
         Column t predicts token t + 1 from tokens 0 to t, so there are pos - 1. For site and patch see `logits`.
+        `labels` stand in the place of the true next tokens, as those of `sample`.
         """
         tokens = self._checked(tokens)
+        labels = tokens.ids[:, 1:] if labels is None else labels
+        if labels.shape != tokens.ids[:, 1:].shape:
+            shape = tuple(tokens.ids[:, 1:].shape)
+            raise ValueError(f"labels must be one for each next token, of shape {shape}, got {tuple(labels.shape)}")
         logits = self.logits(tokens, site, patch)[:, :-1]
         if logits.dtype.itemsize < 4:
             logits = logits.float()
-        return F.cross_entropy(logits.mT, tokens.ids[:, 1:], reduction="none"), tokens.mask[:, 1:]
+        return F.cross_entropy(logits.mT, labels, reduction="none"), tokens.mask[:, 1:]
+
+    @torch.no_grad()
+    def sample(self, tokens: Tokens | Tensor, generator: torch.Generator) -> Int[Tensor, "batch next"]:
+        """For each next token one that the model itself draws there, after the true tokens before it.
+
+        The true next token has no part in it. Chapter `gradient`.
+
+        Args:
+            tokens: Tokens, or ids (batch, pos) without padding.
+            generator: of the draws, on the CPU.
+        """
+        likely = self.logits(tokens)[:, :-1].float().softmax(-1).cpu()
+        drawn = torch.multinomial(likely.flatten(0, 1), 1, generator=generator)
+        return drawn.view(likely.shape[:2]).to(self.device)
 
     def gradients(
-        self, tokens: Tokens | Tensor, site: str
+        self, tokens: Tokens | Tensor, site: str, labels: Int[Tensor, "batch next"] | None = None
     ) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_in"]]:
         """Activations at a site, and there the gradient of the model's loss, summed over all next tokens that count.
 
         Since no token looks ahead, row t is the gradient of the losses at t and after. A text's last token has no next
-        one: its gradient is zero. Only the layers above the site are differentiated. Chapter `gradient`.
+        one: its gradient is zero. Only the layers above the site are differentiated. `labels` stand in the place of the
+        true next tokens, as those of `sample`. Chapter `gradient`.
 
         Raises:
             ValueError: if the site does not exist or cannot be replaced, or the loss does not depend on it.
@@ -357,7 +381,7 @@ class LanguageModel:
             return leaves[0]
 
         with torch.enable_grad():
-            loss, counted = self.loss(tokens, site, splice)
+            loss, counted = self.loss(tokens, site, splice, labels)
             total = loss[counted].sum()
         (gradient,) = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None,)
         if gradient is None:

@@ -175,10 +175,15 @@ def train_once(
     work: Path,
     weights: int | None = None,
 ) -> list[tuple[SAE, float]]:
-    """Each SAE trained, those of one length together; and the seconds of each. `weights`: a seed of their own."""
+    """Each SAE trained, those of one length together; and the seconds of each. `weights`: a seed of their own.
+
+    Those that need gradients have a stream of their own, unless the ground gives gradients to all.
+    """
     made: dict[int, tuple[SAE, float]] = {}
-    for tokens in sorted({sae.tokens for sae in saes}):
-        places = [place for place, sae in enumerate(saes) if sae.tokens == tokens]
+    together: dict[tuple[int, bool], list[int]] = {}
+    for place, sae in enumerate(saes):
+        together.setdefault((sae.tokens, sae.needs_grad or ground.grad), []).append(place)
+    for (tokens, grad), places in sorted(together.items()):
         trainees = [place for place in places if saes[place].configuration["variant"] != "pca"]
         for place in set(places) - set(trainees):
             began = time.perf_counter()
@@ -189,7 +194,8 @@ def train_once(
                 saes[place].make(ground.d_in, seed if weights is None else weights, found[place]) for place in trainees
             ]
             every = max(1, min(10_000_000, tokens // 3))
-            run = train(new, ground.stream(seed), tokens, seed, checkpoint=work / str(tokens), checkpoint_every=every)
+            folder = work / (f"{tokens} with gradients" if grad else str(tokens))
+            run = train(new, ground.stream(seed, grad), tokens, seed, checkpoint=folder, checkpoint_every=every)
             made |= {place: (sae, run.seconds / len(new)) for place, sae in zip(trainees, new, strict=True)}
     return [made[place] for place in range(len(saes))]
 

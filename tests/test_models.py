@@ -100,6 +100,37 @@ def test_gradients_agree_with_finite_differences():
     assert (gradient * direction).sum() == pytest.approx(difference.item(), rel=1e-3)
 
 
+def test_gradients_towards_other_tokens_cancel_out_in_the_models_own_expectation(gpt2):
+    tokens, site = gpt2.tokenize("the cat"), "blocks.1.hook_resid_post"
+    likely = gpt2.logits(tokens)[0].softmax(-1)
+    expected, second = 0, tokens.ids[0, 2]
+    for token in range(gpt2.vocab_size):
+        labels = torch.tensor([[token, second]])
+        expected = expected + likely[0, token] * gpt2.gradients(tokens, site, labels)[1][0, 0]
+    of_second = (
+        gpt2.gradients(tokens, site, tokens.ids[:, 1:])[1][0, 0] - gpt2.gradients(tokens[0][:, :2], site)[1][0, 0]
+    )
+    assert torch.allclose(expected, of_second, atol=1e-5)
+    assert torch.equal(gpt2.gradients(tokens, site, tokens.ids[:, 1:])[1], gpt2.gradients(tokens, site)[1])
+
+
+def test_sampled_tokens_are_drawn_from_the_models_prediction_and_do_not_know_the_next_token(gpt2):
+    tokens = gpt2.tokenize(["the cat sings", "dog"])
+    draws = torch.stack([gpt2.sample(tokens, torch.Generator().manual_seed(seed)) for seed in range(2000)])
+    assert draws.shape == (2000, 2, 3)
+    likely = gpt2.logits(tokens)[0, 1].softmax(-1)
+    drawn = torch.bincount(draws[:, 0, 1], minlength=gpt2.vocab_size) / 2000
+    assert (drawn - likely).abs().max() < 5 * (0.25 / 2000) ** 0.5
+    other = gpt2.tokenize(["the cat runs", "dog"])  # only the last token differs
+    same = [gpt2.sample(text, torch.Generator().manual_seed(3)) for text in (tokens, other)]
+    assert torch.equal(*same)
+
+
+def test_labels_of_another_shape_are_refused(gpt2):
+    with pytest.raises(ValueError, match=r"one for each next token, of shape \(1, 2\), got \(1, 3\)"):
+        gpt2.loss(gpt2.tokenize("the cat"), labels=torch.ones(1, 3, dtype=torch.long))
+
+
 # Padding
 
 
