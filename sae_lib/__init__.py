@@ -8,5 +8,14 @@ from sae_lib.formats import load
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.models import load_model
 from sae_lib.sae import SAE
-from sae_lib.saes import VARIANTS, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, TopKSAE
+from sae_lib.saes import (
+    VARIANTS,
+    BatchTopKSAE,
+    GatedSAE,
+    GradientSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReLUSAE,
+    TopKSAE,
+)
 from sae_lib.train import Run, train

@@ -1,6 +1,7 @@
 """Who lives: the exact selections, each for the price of scoring all pairs once.
 
     top_of_rows       the k best latents of each token                      TopK
+    top_of_rows_by    the k latents of each token that rank best            Gradient
     top_of_batch      the best k * batch pairs of all                       BatchTopK, Mutual Choice
     top_of_columns    the m_i best tokens of each latent i                  Feature Choice
     above             pairs above zero or a threshold                       ReLU, Gated, JumpReLU
@@ -59,6 +60,34 @@ def top_of_rows(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:
         return Code.from_dense(torch.zeros_like(s).scatter(1, cols, values.relu()))
     x, W, b = recipe(scores)
     return scores.code(*best_of_rows(x, W, b, k, x.new_zeros(len(x))))
+
+
+def top_of_rows_by(
+    scores: Scores, k: int, rank: Callable[[Float[Tensor, "some d_sae"], slice], Float[Tensor, "some d_sae"]]
+) -> Code:
+    """The k pairs of each token that rank highest, if their ranks are positive. Chapter `gradient`.
+
+    Args:
+        rank: from the scores of some rows, zero where they are negative, and which rows they are, a number for each
+            pair, zero where its score is; it may overwrite what it gets. The pairs' values are their scores. Where
+            ranks are scores, this is `top_of_rows` to the bit; but all pairs are scored in the weights' own precision.
+    """
+    if k > DENSITY * scores.shape[1] or not scores.shape[0]:
+        s = scores.dense()
+        with torch.no_grad():
+            ranks, cols = rank(s.relu(), slice(None)).topk(k, dim=1, sorted=False)
+        return Code.from_dense(torch.zeros_like(s).scatter(1, cols, s.gather(1, cols).relu() * (ranks > 0)))
+    x, W, b = recipe(scores)
+    found = []
+    for start, s, _ in scored(x, W, b, exact=True):
+        ranks, latents = rank(s.relu(), slice(start, start + len(s))).topk(k, dim=1)
+        rows, places = (ranks > NOTHING).nonzero(as_tuple=True)
+        cols = latents[rows, places]
+        found.append((rows + start, cols, s[rows, cols]))
+    rows, cols, values = (torch.cat(part) for part in zip(*found, strict=True))
+    if fast(x, W):  # as `candidates` scores those that it finds
+        values = products(x, W, Pairs(rows, cols, scores.shape)).add_(b[cols])
+    return scores.code(rows, cols, values)
 
 
 def top_of_batch(scores: Scores | Float[Tensor, "batch d_sae"], k: int) -> Code:

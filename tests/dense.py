@@ -6,7 +6,13 @@ matrices.
 
 import torch
 
+from sae_lib import Batch
 from sae_lib.sae import SAE
+
+
+def given(x):
+    """A batch for any variant: with a gradient, made of x, for those that need one."""
+    return Batch(x, x.detach().flip(1))
 
 
 def scores(sae: SAE, x):
@@ -61,6 +67,15 @@ def matryoshka(sae, x, z=None):
     return {"reconstruction": errors.mean(), "aux": sae.aux_coeff * auxk(sae, s, x - x_hats[-1])}, z
 
 
+def gradient(sae, x, z=None):
+    g = given(x).grad.roll(1, 0) if sae.attribution == "of other tokens" else given(x).grad
+    s, weight = scores(sae, x), 1 + sae.beta * (g @ sae.W_dec.detach().T).abs() / sae.mean_size
+    lives = top(s * weight, sae.k) > 0 if z is None else z
+    z = s * lives * (weight if sae.literal else 1)
+    x_hat = z @ sae.W_dec + sae.b_dec
+    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}, z
+
+
 def relu(sae, x, z=None):
     z = scores(sae, x).relu()
     norms = sae.W_dec.norm(dim=1) if sae.norm_weighted else 1.0
@@ -97,4 +112,4 @@ def jumprelu(sae, x, z=None):
     return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}, z
 
 
-LOSSES = {loss.__name__: loss for loss in (topk, batchtopk, matryoshka, relu, gated, jumprelu)}
+LOSSES = {loss.__name__: loss for loss in (topk, batchtopk, matryoshka, gradient, relu, gated, jumprelu)}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense import given
 from safetensors.torch import load_file
 from test_contract import CASES, D_IN, make
 
@@ -36,7 +37,12 @@ PLANTED = PlantedDictionary(8, D_IN, active=2)
 
 def go(folder=None, saes=None, seed=3, tokens=TOKENS, stream=None, every=EVERY, watch=None):
     saes = [make(*case) for case in CASES] if saes is None else saes
-    return train(saes, stream or PLANTED.batches(SIZE), tokens, seed, watch, checkpoint=folder, checkpoint_every=every)
+    stream = stream or PLANTED.batches(SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        for iteration in (sae_lib.data._Samples, sae_lib.activations._Iteration):  # for variants that need a gradient
+            plain = iteration.__next__
+            patch.setattr(iteration, "__next__", lambda self, plain=plain: given(plain(self).x))
+        return train(saes, stream, tokens, seed, watch, checkpoint=folder, checkpoint_every=every)
 
 
 def activations(n, batch_size=SIZE, buffer_size=300):

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from dense import given
 
 import sae_lib
-from sae_lib import VARIANTS, Batch
+from sae_lib import VARIANTS
 from sae_lib.sae import column_major
 
 D_IN, D_SAE, K = 6, 64, 3  # few enough live for the sparse engine
@@ -21,6 +22,7 @@ EXAMPLES = {
     "jumprelu": [{"target_l0": 3.0}, {"l0_coeff": 0.01}],
     "batchtopk": [{"k": K}],
     "matryoshka": [{"k": K, "group_sizes": [8, 16, 40]}],
+    "gradient": [{"k": K}, {"k": K, "attribution": "of other latents", "literal": True}],
 }
 CASES = [(name, arguments) for name, cases in EXAMPLES.items() for arguments in cases]
 each_variant = pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: str(value))
@@ -37,7 +39,7 @@ def batches(n=30, size=64, seed=0):
 
 def train_anew(name, arguments):
     sae = make(name, arguments)
-    sae_lib.train(sae, batches(), tokens=30 * 64)
+    sae_lib.train(sae, map(given, batches()), tokens=30 * 64)
     return sae
 
 
@@ -75,10 +77,10 @@ def test_evaluation_treats_each_token_alone(name, arguments):
 @each_variant
 def test_loss_terms_add_up_and_loss_leaves_the_state_alone(name, arguments):
     sae, x = make(name, arguments).train(), batches(1)[0] / 15
-    sae.start(Batch(x), 1000)
+    sae.start(given(x), 1000)
     sae.tokens_since_fired.fill_(10**9)
     before = {key: value.clone() for key, value in sae.state_dict().items()}
-    loss = sae.loss(Batch(x))
+    loss = sae.loss(given(x))
     assert torch.isclose(loss.total, sum(loss.terms.values()))
     assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items())
 
@@ -87,10 +89,10 @@ def test_loss_terms_add_up_and_loss_leaves_the_state_alone(name, arguments):
 def test_each_parameter_that_the_loss_uses_has_the_gradient_of_finite_differences_in_its_decoder(name, arguments):
     sae = make(name, arguments).double().train()
     x = batches(1, 8, seed=3)[0].double() / 15
-    sae.start(Batch(x), 1000)
+    sae.start(given(x), 1000)
 
     def reconstruction():
-        return sae.loss(Batch(x)).terms["reconstruction"]
+        return sae.loss(given(x)).terms["reconstruction"]
 
     reconstruction().backward()
     for parameter, index in ((sae.W_dec, (4, 2)), (sae.b_dec, (1,))):
@@ -112,7 +114,7 @@ def test_training_improves_reconstruction_on_data_that_an_sae_can_explain(name, 
     directions = torch.nn.functional.normalize(torch.randn(8, D_IN, generator=generator), dim=1)
     data = [((torch.rand(128, 8, generator=generator) < 0.2).float() @ directions) * 7 + 2 for _ in range(120)]
     sae = make(name, arguments)
-    run = sae_lib.train(sae, data, tokens=120 * 128)
+    run = sae_lib.train(sae, map(given, data), tokens=120 * 128)
     first, last = run.history[0]["fvu"], run.history[-1]["fvu"]
     assert last < 0.5 * first
     x = torch.cat(data[-5:])
@@ -192,10 +194,10 @@ def test_rows_of_the_decoder_have_norm_one_after_training(name, arguments):
 @each_variant
 def test_a_latent_is_dead_after_the_window_and_alive_again_when_it_fires(name, arguments):
     sae, x = make(name, arguments).train(), batches(1, 8)[0] / 15
-    sae.start(Batch(x), 160)
+    sae.start(given(x), 160)
     assert sae.dead_window == 8  # 5% of 160 tokens
-    code = sae.loss(Batch(x)).code
-    sae.after_step(Batch(x), code)
+    code = sae.loss(given(x)).code
+    sae.after_step(given(x), code)
     assert torch.equal(sae.dead, ~code.fired())
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
+from dense import given
 from safetensors.torch import load_file
 from test_checkpoint import D_IN, activations
 from test_parity import D_SAE, NAMES, made, tokens
@@ -40,7 +41,7 @@ from sae_lib.sparse import DenseCode
 from sae_lib.train import adam, measured, one_step
 
 STRESS = bool(os.environ.get("SAE_LIB_STRESS"))
-VARIANTS = NAMES if STRESS else ["batchtopk", "jumprelu"]
+VARIANTS = NAMES if STRESS else ["batchtopk", "jumprelu", "gradient, others"]
 PATIENCE = 60
 """Seconds until a test gives a process up."""
 
@@ -98,7 +99,7 @@ def stepped(name, dtype, sizes, dead=20):
     optimiser = adam(sae, 10_000)
     rows = []
     for step, size in enumerate(sizes):
-        batch = mine(Batch(tokens(size, dtype=dtype, seed=step)))
+        batch = mine(given(tokens(size, dtype=dtype, seed=step)))
         loss = one_step(sae, optimiser, batch, 1.0, step / len(sizes))
         rows.append({key: float(value) for key, value in measured(sae, batch, loss, spread(batch.x)).items()})
     return {key: value.detach().numpy() for key, value in sae.state_dict().items()}, rows

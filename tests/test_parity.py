@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from dense import LOSSES
+from dense import LOSSES, given
 
 import sae_lib
-from sae_lib import VARIANTS, Batch, selection
+from sae_lib import VARIANTS, selection
 from sae_lib.sparse import DenseCode
 from sae_lib.train import adam, one_step
 
@@ -23,6 +23,7 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
         "gated": {"l1_coeff": 0.1},
         "jumprelu": {"target_l0": float(k)},
         "jumprelu, coeff": {"l0_coeff": 0.01},
+        "gradient, others": {"k": k, "attribution": "of other tokens", "literal": True},
     }.get(name, {"k": k})
     sae = VARIANTS[name.split(",")[0]](d_in, d_sae, seed=seed, **settings).train().to(dtype)
     level = (2 * torch.tensor(d_sae / k).log()).sqrt() / d_in**0.5 * 0.75  # about the k-th largest of d_sae scores
@@ -60,7 +61,7 @@ def gradients(sae, terms):
 def assert_same_step(sae, x, tolerance, z=None):
     """Loss and every gradient of the engine and of the dense reference agree, relative to the gradient's norm."""
     x = x.clone().requires_grad_()
-    loss = sae.loss(Batch(x))
+    loss = sae.loss(given(x))
     ours = gradients(sae, loss.terms) | {"x": x.grad}
     x = x.detach().requires_grad_()
     terms, code = LOSSES[sae.name](sae, x, z)
@@ -77,7 +78,8 @@ def assert_same_step(sae, x, tolerance, z=None):
 
 
 NAMES = ["relu", "relu, norms", "gated", "topk", "jumprelu", "jumprelu, coeff", "batchtopk", "matryoshka"]
-WITH_K = ["topk", "batchtopk", "matryoshka"]
+NAMES += ["gradient", "gradient, others"]
+WITH_K = ["topk", "batchtopk", "matryoshka", "gradient"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +128,7 @@ def test_rows_with_nothing_alive(name):
     sae, x = made(name), tokens()
     with torch.no_grad():
         sae.b_enc.sub_(100)
-    loss = sae.loss(Batch(x))
+    loss = sae.loss(given(x))
     assert loss.code.l0() == 0
     assert torch.equal(loss.x_hat, sae.b_dec.expand_as(x))
     assert_same_step(sae, x, 1e-5)
@@ -147,11 +149,12 @@ def test_ties_are_broken_somehow_and_the_step_is_that_of_the_pairs_chosen(name):
         sae.b_enc[1::2] = sae.b_enc[::2]
         x[1::2] = x[::2]
     sae.k = 3  # odd: a pair of twins stands at the border
-    chosen = (sae.loss(Batch(x)).code.dense() > 0).to(x.dtype)
+    chosen = (sae.loss(given(x)).code.dense() > 0).to(x.dtype)
     assert chosen.sum() == 3 * len(x)
     s = sae.scores(x).dense().detach()
+    s = s * sae.weights(given(x)) if name == "gradient" else s
     lowest, best_of_others = s.masked_fill(chosen == 0, 9).amin(1), s.masked_fill(chosen > 0, -9).amax(1)
-    if name == "topk":
+    if name in ("topk", "gradient"):
         assert (chosen.sum(1) == 3).all()
     else:
         lowest, best_of_others = lowest.min(), best_of_others.max()
@@ -174,7 +177,7 @@ def test_fifty_steps_of_training_in_64_bits_are_those_of_dense_arithmetic(name):
     theirs = torch.optim.Adam(reference.parameters(), lr=ours.param_groups[0]["lr"], betas=sae.betas)
     theirs.param_groups[0]["initial_lr"] = ours.param_groups[0]["initial_lr"]
     for step in range(50):
-        batch = Batch(tokens(dtype=torch.float64, seed=step))
+        batch = given(tokens(dtype=torch.float64, seed=step))
         one_step(sae, ours, batch, 1.0, step / 50)
         one_step(reference, theirs, batch, 1.0, step / 50)
     start = made(name, dtype=torch.float64, dead=20).state_dict()
@@ -191,7 +194,7 @@ TRUE_DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("name", ["relu", "relu, norms", "gated", "topk", "jumprelu", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("jumprelu, coeff", "gradient, others")])
 def test_gradients_are_derivatives(name):
     sae = made(name, k=2, dtype=torch.float64, d_in=5, d_sae=64)
     x = tokens(6, torch.float64, d_in=5)
@@ -201,7 +204,7 @@ def test_gradients_are_derivatives(name):
         for key, weight in zip(names, weights, strict=True):
             vars(sae)[key] = weight
         try:
-            return sae.loss(Batch(x)).total
+            return sae.loss(given(x)).total
         finally:
             for key in names:
                 vars(sae).pop(key)

@@ -2,10 +2,22 @@
 
 from sae_lib.saes.batchtopk import BatchTopKSAE
 from sae_lib.saes.gated import GatedSAE
+from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.jumprelu import JumpReLUSAE
 from sae_lib.saes.matryoshka import MatryoshkaSAE
 from sae_lib.saes.relu import ReLUSAE
 from sae_lib.saes.topk import TopKSAE
 
-VARIANTS = {variant.name: variant for variant in (ReLUSAE, GatedSAE, TopKSAE, JumpReLUSAE, BatchTopKSAE, MatryoshkaSAE)}
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        ReLUSAE,
+        GatedSAE,
+        TopKSAE,
+        JumpReLUSAE,
+        BatchTopKSAE,
+        MatryoshkaSAE,
+        GradientSAE,
+    )
+}
 """One-word name -> class."""
