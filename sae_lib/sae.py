@@ -299,18 +299,21 @@ def spread(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     return total((x - per_token(x.sum(0), len(x))).square().sum())
 
 
-def auxk(sae: SAE, scores: Scores, residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """The loss that revives dead latents: how badly the best dead ones explain what is left over.
+def auxk(
+    sae: SAE, scores: Scores, residual: Float[Tensor, "batch d_in"], latents: Bool[Tensor, " d_sae"] | None = None
+) -> Float[Tensor, ""]:
+    """The loss that revives dead latents, or such as are chosen: how badly the best of them explain what is left over.
 
     ``AuxK = |e - e_hat|^2 / |e - mean(e)|^2`` with ``e`` the residual, held constant, and ``e_hat`` its
     reconstruction from the ``min(d_in // 2, number dead)`` largest positive scores of dead latents; each summed over
     dimensions and the batch. 0 where none is dead. Source: Gao et al. 2024, section 2.4, as in the
     dictionary_learning library. Chapter `topk`.
     """
-    dead = sae.dead.nonzero().squeeze(1)
+    dead = (sae.dead if latents is None else latents).nonzero().squeeze(1)
     if not len(dead):
         return residual.new_zeros(())
     residual = residual.detach()
     code = top_of_rows(scores.of(dead), min(max(sae.d_in // 2, 1), len(dead)))
     error = total((residual - code.decode(sae.W_dec.index_select(0, dead))).square().sum())
-    return error / spread(residual).clamp(min=torch.finfo(residual.dtype).tiny)
+    size = spread(residual)
+    return error / size.masked_fill(size == 0, torch.inf)  # a batch of one token has no spread
