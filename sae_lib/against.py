@@ -1,6 +1,7 @@
-"""A user's own SAE among the book's: its numbers beside those of the baselines at the same L0. Chapter `comparison`.
+"""A user's own SAE among the book's: its numbers beside those of all variants at the same L0. Chapter `comparison`.
 
-The book's rows are curves over L0, one a variant, with a point for each target and seed. A curve is read off at the L0
+The book's rows are curves over L0, one a variant, with a point for each target and seed: those of the baselines from
+`comparison`, those of a paper's variants from its chapter. A curve is read off at the L0
 of the SAE in question, seed by seed (`sae_lib.matching.at_equal_l0`), never beyond its ends. Nothing but the variant
 should differ: model, site, held-out texts and width; what does is named in the figure.
 """
@@ -8,6 +9,7 @@ should differ: model, site, held-out texts and width; what does is named in the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,18 +19,33 @@ from matplotlib.figure import Figure
 from sae_lib import experiments
 from sae_lib.figures import INK, frontier, interval
 from sae_lib.matching import at_equal_l0
-from sae_lib.results import Row
+from sae_lib.results import ResultsError, Row
 
 MEASURES = {"fvu": "FVU (fraction)", "kl": "KL (nats a token)", "alive": "alive latents (share)"}
 
+CURVES = "pocket"
+"""The experiment that has the curves over L0, in `comparison` and in the papers' chapters."""
+PAPERS = {
+    "choice": ("Mutual Choice", "Feature Choice"),
+    "gradient": ("g-SAE",),
+    "atm": ("ATM",),
+    "gba": ("GBA",),
+}
+"""Chapter -> the variants of its paper; what else its experiment trains are controls and baselines again."""
+
 
 def book_rows(model: str, site: str) -> list[Row]:
-    """The rows of the book's comparison at a site of a model, of the width that has a curve over L0.
+    """The rows of the book's curves at a site of a model, of the width that the comparison has a curve of.
 
     Raises:
         ValueError: the book has no curve there.
     """
-    every = experiments.rows("comparison", "pocket" if model == "pocket" else "paper")
+    scale = "pocket" if model == "pocket" else "paper"
+    every = experiments.rows("comparison", scale)
+    for chapter, labels in PAPERS.items():
+        with suppress(ResultsError):  # a chapter that was not run yet
+            rows = experiments.rows(chapter, scale)
+            every += [row for row in rows if row["experiment"] == CURVES and row["sae"] in labels]
     there = [row for row in every if {"model": model, "site": site}.items() <= row["configuration"]["ground"].items()]
     targets: dict[int, set] = {}
     for row in there:

@@ -5,6 +5,7 @@ import pytest
 
 from sae_lib import against, experiments
 from sae_lib.against import MEASURES, beside, book_rows, curves, draw
+from sae_lib.results import ResultsError
 
 GROUND = {"model": "pocket", "site": "blocks.1.hook_resid_post"}
 
@@ -44,10 +45,25 @@ def test_no_curve_is_an_error():
 def test_book_rows_are_those_of_the_site_and_of_the_width_with_a_curve(monkeypatch):
     wide = [row("TopK", 16, 0, 0.1, d_sae=4096)]
     planted = [row("TopK", 3, 0, 0.1) | {"configuration": {"ground": {"planted": {}}}}]
-    monkeypatch.setattr(experiments, "rows", lambda chapter, scale: [*planted, *wide, *ROWS])
+    rows_of = {"comparison": [*planted, *wide, *ROWS]}
+    monkeypatch.setattr(experiments, "rows", lambda chapter, scale: rows_of[chapter] if chapter in rows_of else none())
     assert book_rows("pocket", GROUND["site"]) == ROWS
     with pytest.raises(ValueError, match=r"a curve at blocks.0.hook_out of pocket, it has a planted world, blocks.1"):
         book_rows("pocket", "blocks.0.hook_out")
+
+
+def none():
+    raise ResultsError("there are no results")
+
+
+def test_the_papers_variants_come_from_the_curves_of_their_chapters(monkeypatch):
+    of_atm = [row(label, 16, 0, 0.2) | {"experiment": "pocket"} for label in ("ATM", "TopK")]
+    of_atm += [row("ATM", 16, 0, 0.2) | {"experiment": "ablations"}]
+    rows_of = {"comparison": ROWS, "atm": of_atm}
+    monkeypatch.setattr(
+        experiments, "rows", lambda chapter, scale: [*rows_of[chapter]] if chapter in rows_of else none()
+    )
+    assert book_rows("pocket", GROUND["site"]) == [*ROWS, of_atm[0]]
 
 
 def test_the_picture_has_a_star_for_each_sae_on_every_measure():
