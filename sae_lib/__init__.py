@@ -9,12 +9,15 @@ from sae_lib.metrics.evaluation import evaluate
 from sae_lib.models import load_model
 from sae_lib.sae import SAE
 from sae_lib.saes import (
+    ATMSAE,
     VARIANTS,
     BatchTopKSAE,
+    FeatureChoiceSAE,
     GatedSAE,
     GradientSAE,
     JumpReLUSAE,
     MatryoshkaSAE,
+    MutualChoiceSAE,
     ReLUSAE,
     TopKSAE,
 )

@@ -35,13 +35,14 @@ def squared(x, x_hat):
     return (x - x_hat).pow(2).sum(1).mean()
 
 
-def auxk(sae, s, residual):
-    dead = sae.dead
+def auxk(sae, s, residual, dead=None):
+    dead = sae.dead if dead is None else dead
     if not dead.any():
         return s.new_zeros(())
     residual = residual.detach()
     z = top(s.masked_fill(~dead, -torch.inf), min(max(sae.d_in // 2, 1), int(dead.sum())))
-    return (residual - z @ sae.W_dec).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
+    size = (residual - residual.mean(0)).pow(2).sum()
+    return (residual - z @ sae.W_dec).pow(2).sum() / size if size > 0 else s.new_zeros(())
 
 
 def topk(sae, x, z=None):
@@ -67,6 +68,31 @@ def matryoshka(sae, x, z=None):
     return {"reconstruction": errors.mean(), "aux": sae.aux_coeff * auxk(sae, s, x - x_hats[-1])}, z
 
 
+def mutual_choice(sae, x, z=None):
+    terms, z = batchtopk(sae, x, z)
+    law = (torch.arange(1, sae.d_sae + 1) + sae.shift) ** -sae.exponent
+    dying, expected = torch.zeros_like(sae.dead), sae.k * law / law.sum()
+    for place, latent in reversed(list(enumerate(sae.density.argsort(descending=True, stable=True).tolist()))):
+        if place < 3 * sae.d_sae // 4 or sae.density[latent] >= 0.6 * expected[place]:
+            break
+        dying[latent] = True
+    residual = x - z @ sae.W_dec - sae.b_dec
+    return terms | {"aux_zipf": sae.zipf_coeff * auxk(sae, scores(sae, x), residual, dying & ~sae.dead)}, z
+
+
+def feature_choice(sae, x, z=None):
+    if sae.phase == 1:
+        return mutual_choice(sae, x, z)
+    s = scores(sae, x)
+    law = (sae.rank + 1 + sae.shift).double() ** -sae.exponent
+    budgets = (len(x) * sae.k * law / law.sum() + sae.draws).int()
+    z = torch.zeros_like(s)
+    for latent, budget in enumerate(budgets.tolist()):
+        values, places = s[:, latent].topk(budget)
+        z[places, latent] = values.relu()
+    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec)}, z
+
+
 def gradient(sae, x, z=None):
     g = given(x).grad.roll(1, 0) if sae.attribution == "of other tokens" else given(x).grad
     s, weight = scores(sae, x), 1 + sae.beta * (g @ sae.W_dec.detach().T).abs() / sae.mean_size
@@ -81,6 +107,13 @@ def relu(sae, x, z=None):
     norms = sae.W_dec.norm(dim=1) if sae.norm_weighted else 1.0
     penalty = sae.l1_coeff * sae.warm * (z * norms).sum(1).mean()
     return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}, z
+
+
+def atm(sae, x, z=None):
+    f = scores(sae, x).relu()
+    masked = f * sae.kept
+    penalty = sae.l1_coeff * sae.warm * masked.sum(1).mean()
+    return {"reconstruction": squared(x, masked @ sae.W_dec + sae.b_dec), "sparsity": penalty}, f
 
 
 def gated(sae, x, z=None):
@@ -112,4 +145,7 @@ def jumprelu(sae, x, z=None):
     return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}, z
 
 
-LOSSES = {loss.__name__: loss for loss in (topk, batchtopk, matryoshka, gradient, relu, gated, jumprelu)}
+LOSSES = {
+    loss.__name__: loss
+    for loss in (topk, batchtopk, matryoshka, mutual_choice, feature_choice, gradient, relu, gated, jumprelu, atm)
+}

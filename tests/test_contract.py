@@ -23,6 +23,9 @@ EXAMPLES = {
     "batchtopk": [{"k": K}],
     "matryoshka": [{"k": K, "group_sizes": [8, 16, 40]}],
     "gradient": [{"k": K}, {"k": K, "attribution": "of other latents", "literal": True}],
+    "mutual_choice": [{"k": K}],
+    "feature_choice": [{"k": K}, {"k": K, "budgets": "uniform"}],
+    "atm": [{"l1_coeff": 0.1}, {"l1_coeff": 0.1, "rate": 0.2, "weights": [1.0, 0.0, 2.0], "eval_mask": "expected"}],
 }
 CASES = [(name, arguments) for name, cases in EXAMPLES.items() for arguments in cases]
 each_variant = pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: str(value))

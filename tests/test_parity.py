@@ -24,11 +24,12 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
         "jumprelu": {"target_l0": float(k)},
         "jumprelu, coeff": {"l0_coeff": 0.01},
         "gradient, others": {"k": k, "attribution": "of other tokens", "literal": True},
+        "atm": {"l1_coeff": 0.1},
     }.get(name, {"k": k})
     sae = VARIANTS[name.split(",")[0]](d_in, d_sae, seed=seed, **settings).train().to(dtype)
     level = (2 * torch.tensor(d_sae / k).log()).sqrt() / d_in**0.5 * 0.75  # about the k-th largest of d_sae scores
     with torch.no_grad():
-        if sae.name == "relu":
+        if sae.name in ("relu", "atm"):
             sae.W_enc.mul_(10)
         for p in sae.parameters():
             p.add_(0.03 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype))
@@ -36,13 +37,19 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         if sae.name == "jumprelu":
             sae.threshold.copy_(0.9 * level + 0.02 * torch.rand(d_sae, generator=generator))
-        if sae.name == "relu":
+        if sae.name in ("relu", "atm"):
             sae.b_enc.sub_(level)
+        if sae.name == "atm":
+            sae.kept[::3] = 0
         if sae.name == "gated":
             sae.b_gate.sub_(level)
             sae.b_mag.sub_(0.5 * level)
     sae.dead_window.fill_(1000)
     sae.tokens_since_fired[:dead] = 5000
+    if name == "mutual_choice" and dead:
+        sae.density.copy_(k / d_sae * torch.rand(d_sae, generator=generator) ** 2)  # some are dying
+    if name == "feature_choice":
+        sae.before_step(1.0)  # in its second phase
     return sae
 
 
@@ -78,8 +85,8 @@ def assert_same_step(sae, x, tolerance, z=None):
 
 
 NAMES = ["relu", "relu, norms", "gated", "topk", "jumprelu", "jumprelu, coeff", "batchtopk", "matryoshka"]
-NAMES += ["gradient", "gradient, others"]
-WITH_K = ["topk", "batchtopk", "matryoshka", "gradient"]
+NAMES += ["gradient", "gradient, others", "mutual_choice", "feature_choice", "atm"]
+WITH_K = ["topk", "batchtopk", "matryoshka", "mutual_choice", "gradient"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,8 @@
 """One file = one paper. Reading them from top to bottom is reading the book's table of selections."""
 
+from sae_lib.saes.atm import ATMSAE
 from sae_lib.saes.batchtopk import BatchTopKSAE
+from sae_lib.saes.choice import FeatureChoiceSAE, MutualChoiceSAE
 from sae_lib.saes.gated import GatedSAE
 from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.jumprelu import JumpReLUSAE
@@ -17,7 +19,10 @@ VARIANTS = {
         JumpReLUSAE,
         BatchTopKSAE,
         MatryoshkaSAE,
+        MutualChoiceSAE,
+        FeatureChoiceSAE,
         GradientSAE,
+        ATMSAE,
     )
 }
 """One-word name -> class."""
