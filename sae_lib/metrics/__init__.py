@@ -11,6 +11,7 @@ from sae_lib.metrics.attribution import LatentEffects, ablation, gradient_times_
 from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.consistency import shared_latents
 from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.gradient import ChoiceByGradient
 from sae_lib.metrics.main_latents import KSparseProbe, OneVsRest, feature_splits, k_sparse_probe, one_vs_rest
 from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.patched import PatchedLoss
@@ -57,4 +58,4 @@ from sae_lib.metrics.sparse_probing import (
     strongest_latents,
 )
 from sae_lib.metrics.steering import Steered, Steering
-from sae_lib.metrics.zipf import zipf_fit
+from sae_lib.metrics.zipf import zipf_fit, zipf_shift

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lib.metrics import zipf_fit
+from sae_lib.metrics import zipf_fit, zipf_shift
 
 RANKS = torch.arange(1, 201, dtype=torch.float64)
 
@@ -63,3 +63,36 @@ def test_log_normal_densities_are_told_from_zipfs():
 def test_bad_input_is_refused_with_rule_value_and_remedy(arguments, message):
     with pytest.raises(ValueError, match=message):
         zipf_fit(*arguments)
+
+
+@pytest.mark.parametrize(("exponent", "shift"), [(1.0, 6.8), (0.7, 0.0), (1.5, 200.0)])
+def test_the_planted_shift_is_found_in_logarithms_and_in_densities(exponent, shift):
+    densities = shuffled(0.5 * ((RANKS + shift) / (1 + shift)) ** -exponent)
+    fit = zipf_shift(torch.cat([densities, torch.zeros(9)]), exponent)
+    assert fit["zipf_shift"] == pytest.approx(shift, abs=0.01)
+    assert fit["zipf_shift_linear"] == pytest.approx(shift, abs=0.01)
+    assert (fit["zipf_r2"], fit["zipf_r2_linear"]) == pytest.approx((1, 1))
+    assert fit["zipf_latents"] == 200
+    assert fit["lognormal_r2"] == zipf_fit(densities)["lognormal_r2"]
+
+
+def test_no_other_shift_explains_more():
+    generator = torch.Generator().manual_seed(0)
+    densities = ((RANKS + 20) ** -1.0 * (0.3 * torch.randn(200, generator=generator, dtype=torch.float64)).exp()).sort(
+        descending=True
+    )[0]
+    fit = zipf_shift(densities)
+    assert fit["zipf_shift"] != pytest.approx(fit["zipf_shift_linear"], rel=0.01)
+    for shift in (0.0, 5.0, 15.0, 20.0, 25.0, 60.0):
+        law = 1 / (RANKS + shift)
+        away = (densities.log() - law.log()).var(correction=0) / densities.log().var(correction=0)
+        assert fit["zipf_r2"] >= 1 - away
+        c = (densities * law).sum() / (law * law).sum()
+        away = (densities - c * law).square().sum() / (densities - densities.mean()).square().sum()
+        assert fit["zipf_r2_linear"] >= 1 - away
+
+
+@pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_fitted_law_must_fall(exponent, as_a_user):
+    with pytest.raises(ValueError, match="exponent must be a finite number above 0, got"):
+        zipf_shift(0.1 / RANKS, exponent)
