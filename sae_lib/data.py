@@ -120,11 +120,13 @@ class PlantedDictionary:
 
     *Directions.* Orthonormal if ``n_features <= d_in``. Otherwise as even as 100 steps of descent on the sum of
     ``cos(v_i, v_j)^4`` make them (about ``4 n_features^2 d_in`` operations a step): 64 directions in 32 dimensions
-    have ``|cos|`` up to about 0.17, where 0.126 is the least possible and random directions reach 0.6.
+    have ``|cos|`` up to about 0.17, where 0.126 is the least possible and random directions, which ``even=False`` leaves
+    as they are, reach 0.6.
 
     *Frequencies.* Feature i fires with probability proportional to ``(i + 1)^-zipf`` times, in a hierarchy,
     ``1 / (b + 1)`` for each step down from its root, with b the number of children there. Features are ordered from
-    the most frequent to the rarest, and all probabilities add up to `active`.
+    the most frequent to the rarest, and all probabilities add up to `active`. ``active=(3, 20)`` mixes sparse samples
+    with dense ones: each sample draws one of these numbers with equal chance, and all its frequencies follow it.
 
     *Hierarchy.* ``hierarchy=(4, 2)`` means trees of roots with 4 children with 2 children each. A child fires only if
     its parent does; siblings exclude each other, or fire independently given the parent. There are as many whole trees
@@ -139,13 +141,14 @@ class PlantedDictionary:
     Args:
         n_features: number of features, at least 1.
         d_in: width of the activations, at least 1.
-        active: mean number of features that fire in a sample, above 0 and at most n_features.
+        active: mean number of features that fire in a sample, above 0 and at most n_features; or several such numbers.
         zipf: exponent of the frequencies, at least 0; 0 makes them equal.
         hierarchy: number of children of a feature, for each level below the roots; ``()`` for none.
         exclusive: whether at most one child of a feature fires.
         correlation: share of the copula's variance that is common, in [0, 1).
         noise: root mean square norm of the Gaussian noise added to a sample (a feature has norm about 1), at least 0.
         spread: standard deviation of the coefficients, at least 0.
+        even: whether directions that do not fit are spread out; if not, they are random.
         seed: of the directions and the copula; samples have seeds of their own.
         device: where samples are drawn; the dictionary itself is the same on every device.
 
@@ -166,7 +169,7 @@ class PlantedDictionary:
         self,
         n_features: int,
         d_in: int,
-        active: float | int = 3.0,
+        active: float | int | tuple[float | int, ...] = 3.0,
         *,
         zipf: float | int = 0.0,
         hierarchy: tuple[int, ...] = (),
@@ -174,6 +177,7 @@ class PlantedDictionary:
         correlation: float | int = 0.0,
         noise: float | int = 0.0,
         spread: float | int = 0.25,
+        even: bool = True,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
@@ -183,7 +187,9 @@ class PlantedDictionary:
         for name, sizes in {"n_features": (n_features,), "d_in": (d_in,), "hierarchy": hierarchy}.items():
             if not all(isinstance(size, int) and size >= 1 for size in sizes):
                 raise ValueError(f"{name} must consist of integers of at least 1, got {', '.join(map(repr, sizes))}")
-        if not 0 < active <= n_features:
+        active = tuple(active) if isinstance(active, (tuple, list)) else active
+        levels = active if isinstance(active, tuple) else (active,)
+        if not levels or not all(0 < level <= n_features for level in levels):
             raise ValueError(f"active must be in (0, n_features={n_features}], got {active}")
         if not 0 <= correlation < 1:
             raise ValueError(f"correlation must be in [0, 1), got {correlation}")
@@ -193,6 +199,9 @@ class PlantedDictionary:
         self.n_features, self.d_in, self.device = n_features, d_in, torch.device(device)
         self.exclusive, self.correlation, self.noise, self.spread = exclusive, correlation, noise, spread
         self._identity = (n_features, d_in, active, zipf, hierarchy, exclusive, correlation, noise, spread, seed)
+        self._identity += () if even else ("random directions",)
+        mean = sum(levels) / len(levels)
+        self._of_samples = torch.tensor([level / mean for level in levels], device=self.device)
 
         level_sizes = list(itertools.accumulate(hierarchy, lambda nodes, b: nodes * b, initial=1))
         trees = n_features // sum(level_sizes)
@@ -209,14 +218,15 @@ class PlantedDictionary:
             parents[first_child : first_child + trees * nodes * b] = first_parent + torch.arange(trees * nodes * b) // b
             weights[first_child:] /= b + 1
             first_parent, first_child = first_child, first_child + trees * nodes * b
-        frequencies = weights * active / weights.sum()
-        if frequencies[0] > 1 + 1e-9:
+        frequencies = weights * mean / weights.sum()
+        highest = frequencies[0] * max(levels) / mean
+        if highest > 1 + 1e-9:
             raise ValueError(
                 f"active must leave every frequency at most 1, got active={active}, with which feature 0 would fire "
-                f"with probability {frequencies[0]:.3g}; lower active, zipf or the depth of the hierarchy"
+                f"with probability {highest:.3g}; lower active, zipf or the depth of the hierarchy"
             )
         generator = _generator("dictionary", seed)
-        self.directions = _even_directions(n_features, d_in, generator).to(self.device)
+        self.directions = _directions(n_features, d_in, even, generator).to(self.device)
         self.frequencies, self.parents = frequencies.float().to(self.device), parents.to(self.device)
         given_parent = torch.where(parents < 0, frequencies, frequencies / frequencies[parents])
         self._given_parent = given_parent.float().to(self.device)
@@ -252,12 +262,16 @@ class PlantedDictionary:
         """Which features fire: the roots by themselves, then each level given its parents."""
         fires = torch.empty(n, self.n_features, dtype=torch.bool, device=self.device)
         roots = slice(0, self._n_roots)
+        frequencies = self.frequencies[roots]
+        if len(self._of_samples) > 1:
+            places = torch.randint(len(self._of_samples), (n, 1), **draw)
+            frequencies = frequencies * self._of_samples[places]
         if self.correlation:
             own = torch.randn(n, self._n_roots, **draw) * math.sqrt(1 - self.correlation)
             normal = torch.addmm(own, torch.randn(n, 8, **draw), self._loadings.T)
-            fires[:, roots] = normal < torch.special.ndtri(self.frequencies[roots])
+            fires[:, roots] = normal < torch.special.ndtri(frequencies)
         else:
-            torch.lt(torch.rand(n, self._n_roots, **draw), self.frequencies[roots], out=fires[:, roots])
+            torch.lt(torch.rand(n, self._n_roots, **draw), frequencies, out=fires[:, roots])
         for first_parent, first_child, parents, b in self._levels:
             children = slice(first_child, first_child + parents * b)
             upper = self._given_parent[children].view(parents, b)
@@ -349,13 +363,14 @@ def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(seed)
 
 
-def _even_directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Orthonormal rows if they fit; else unit rows, spread out by descent on the fourth powers of their cosines."""
+def _directions(n: int, d: int, even: bool, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Orthonormal rows if they fit; else unit rows, spread out by descent on the fourth powers of their cosines, or
+    random."""
     rows = torch.randn(n, d, generator=generator)
     if n <= d:
         return torch.linalg.qr(rows.T).Q.T.contiguous()
     rows = F.normalize(rows, dim=1)
-    for step in torch.linspace(0.2, 0, 100):
+    for step in torch.linspace(0.2, 0, 100 if even else 0):
         cosines = (rows @ rows.T).fill_diagonal_(0)
         rows = F.normalize(rows - step * F.normalize(cosines.pow(3) @ rows, dim=1), dim=1)
     return rows
