@@ -20,12 +20,16 @@ from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.consistency import shared_latents
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.gradient import ChoiceByGradient
+from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
 from sae_lib.metrics.reconstruction import density
 from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
 from sae_lib.metrics.sparse_probing import SparseProbing
 from sae_lib.metrics.steering import Steering
 from sae_lib.metrics.zipf import zipf_fit
 from sae_lib.sae import SAE
+from sae_lib.saes.gradient import GradientSAE
+from sae_lib.saes.topk import TopKSAE
 
 Metrics = dict[str, float]
 Measure = Callable[[Sequence[SAE], Ground, int, int], list[Metrics | str]]
@@ -57,10 +61,12 @@ def sparsity(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> lis
         living = (sae.encode(x) != 0).sum(1).double()
         asked = getattr(sae, "k", None) or getattr(sae, "target_l0", None)
         metrics = {"l0_sd": living.std().item()} | ({"l0_ratio": living.mean().item() / asked} if asked else {})
-        sae.train()
-        codes = [sae.select(sae.scores(part), Batch(part)).dense() for part in x.split(1024)]
-        sae.eval()
-        found.append(metrics | {"l0_train": sum(float((z != 0).sum()) for z in codes) / len(x)})
+        if not sae.needs:  # these rows have nothing beside x
+            sae.train()
+            codes = [sae.select(sae.scores(part), Batch(part)).dense() for part in x.split(1024)]
+            sae.eval()
+            metrics["l0_train"] = sum(float((z != 0).sum()) for z in codes) / len(x)
+        found.append(metrics)
     return found
 
 
@@ -70,6 +76,19 @@ def planted_hierarchy(saes: Sequence[SAE], ground: PlantedGround, seed: int, rep
     planted, held = ground.dictionary(seed), next(iter(ground.held_out(seed, repeat)))
     truth = planted.directions, held.truth, planted.parents
     return each(lambda sae: planted_absorption(held.x, sae.encode(held.x), sae.W_dec, *truth), saes)
+
+
+def choice_by_gradient(saes: Sequence[SAE], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """Those of `reconstruction`, on the same texts, where the gradient has a say in the choice; of g-SAE and TopK."""
+
+    def prepare() -> ChoiceByGradient:
+        patched = PatchedLoss(ground.held_out(seed, repeat), min(ground.held, MODEL_TOKENS))
+        return ChoiceByGradient(patched, ground.held, seed=repeat)
+
+    able = [isinstance(sae, GradientSAE | TopKSAE) for sae in saes]
+    measured = ground.prepared(("gradient", repeat), prepare)([sae for sae, can in zip(saes, able, strict=True) if can])
+    found = iter(measured)
+    return [next(found) if can else "only g-SAE and TopK choose with the gradient" for can in able]
 
 
 @torch.no_grad()
@@ -125,6 +144,7 @@ MEASURES: dict[str, Measure] = {
     "recovery": recovery,
     "planted_absorption": planted_hierarchy,
     "density": densities,
+    "gradient": choice_by_gradient,
     "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, *on.spelled, seed=seed)),
     "sparse_probing": task(probing),
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
