@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sae_lib.data import Batch
 from sae_lib.grounds import Ground, LanguageGround, PlantedGround
 from sae_lib.metrics.absorption import planted_absorption
+from sae_lib.metrics.allocation import Allocation, BatchChoice, step_seconds
 from sae_lib.metrics.attribution import LatentEffects
 from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.consistency import shared_latents
@@ -26,7 +27,7 @@ from sae_lib.metrics.reconstruction import density
 from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
 from sae_lib.metrics.sparse_probing import SparseProbing
 from sae_lib.metrics.steering import Steering
-from sae_lib.metrics.zipf import zipf_fit
+from sae_lib.metrics.zipf import zipf_fit, zipf_shift
 from sae_lib.sae import SAE
 from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.topk import TopKSAE
@@ -98,6 +99,23 @@ def densities(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> li
     return each(lambda sae: zipf_fit(density(sae.encode(x))), saes)
 
 
+@torch.no_grad()
+def shifted_densities(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics | str]:
+    """The fit of Zipf's law with exponent 1 and a shift, which the paper of the chapter `choice` makes."""
+    x = ground.rows(seed, repeat)
+    return each(lambda sae: zipf_shift(density(sae.encode(x))), saes)
+
+
+def steps(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics]:
+    """Seconds of a training step, ``step_seconds``, of SAEs that take theirs in turn."""
+    batch = ground.rows(seed, repeat)[: ground.batch_size]
+    return [{"step_seconds": seconds} for seconds in step_seconds(saes, batch)]
+
+
+def held_texts(on: LanguageGround, seed: int) -> PatchedLoss:
+    return on.prepared(("patched", seed), lambda: PatchedLoss(on.held_out(0, seed), min(on.held, MODEL_TOKENS)))
+
+
 def probing(on: LanguageGround, seed: int) -> SparseProbing:
     if on.probed is None:
         raise ValueError("sparse probing needs labelled texts, this ground has none: give it labelled")
@@ -145,6 +163,10 @@ MEASURES: dict[str, Measure] = {
     "planted_absorption": planted_hierarchy,
     "density": densities,
     "gradient": choice_by_gradient,
+    "zipf": shifted_densities,
+    "step_seconds": steps,
+    "allocation": task(lambda on, seed: Allocation(held_texts(on, seed))),
+    "batch_choice": task(lambda on, seed: BatchChoice(held_texts(on, seed), seed)),
     "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, *on.spelled, seed=seed)),
     "sparse_probing": task(probing),
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
