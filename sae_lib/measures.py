@@ -81,14 +81,11 @@ def planted_hierarchy(saes: Sequence[SAE], ground: PlantedGround, seed: int, rep
 
 def choice_by_gradient(saes: Sequence[SAE], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics | str]:
     """Those of `reconstruction`, on the same texts, where the gradient has a say in the choice; of g-SAE and TopK."""
-
-    def prepare() -> ChoiceByGradient:
-        patched = PatchedLoss(ground.held_out(seed, repeat), min(ground.held, MODEL_TOKENS))
-        return ChoiceByGradient(patched, ground.held, seed=repeat)
-
+    prepared = ground.prepared(
+        ("gradient", repeat), lambda: ChoiceByGradient(held_texts(ground, repeat), ground.held, seed=repeat)
+    )
     able = [isinstance(sae, GradientSAE | TopKSAE) for sae in saes]
-    measured = ground.prepared(("gradient", repeat), prepare)([sae for sae, can in zip(saes, able, strict=True) if can])
-    found = iter(measured)
+    found = iter(prepared([sae for sae, can in zip(saes, able, strict=True) if can]))
     return [next(found) if can else "only g-SAE and TopK choose with the gradient" for can in able]
 
 
