@@ -22,6 +22,7 @@ from sae_lib.metrics.consistency import shared_latents
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.first_letter import FirstLetter
 from sae_lib.metrics.gradient import ChoiceByGradient
+from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
 from sae_lib.metrics.reconstruction import density
 from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
@@ -29,6 +30,7 @@ from sae_lib.metrics.sparse_probing import SparseProbing
 from sae_lib.metrics.steering import Steering
 from sae_lib.metrics.zipf import zipf_fit, zipf_shift
 from sae_lib.sae import SAE
+from sae_lib.saes.atm import ATMSAE
 from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.topk import TopKSAE
 
@@ -113,6 +115,29 @@ def held_texts(on: LanguageGround, seed: int) -> PatchedLoss:
     return on.prepared(("patched", seed), lambda: PatchedLoss(on.held_out(0, seed), min(on.held, MODEL_TOKENS)))
 
 
+@torch.no_grad()
+def masks(saes: Sequence[SAE], ground: Ground, seed: int, repeat: int) -> list[Metrics | str]:
+    """How much of an ATM is masked, and its code with and without the mask."""
+    x = ground.rows(seed, repeat)
+    return each(lambda sae: mask_shares(with_mask(sae)) | masked_codes(sae, x), saes)
+
+
+def masked_letters(saes: Sequence[SAE], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """`first_letter` of an ATM that is evaluated without a mask, with the hard and with the expected one."""
+    prepared = ground.prepared((letters, repeat), lambda: letters(ground, repeat))
+    return each(lambda sae: each_way(with_mask(sae), prepared), saes)
+
+
+def with_mask(sae: SAE) -> ATMSAE:
+    if not isinstance(sae, ATMSAE):
+        raise ValueError(f"only ATM has a mask, got {sae.name}")
+    return sae
+
+
+def letters(on: LanguageGround, seed: int) -> FirstLetter:
+    return FirstLetter(on.model, on.site, *on.spelled, seed=seed)
+
+
 def probing(on: LanguageGround, seed: int) -> SparseProbing:
     if on.probed is None:
         raise ValueError("sparse probing needs labelled texts, this ground has none: give it labelled")
@@ -164,7 +189,9 @@ MEASURES: dict[str, Measure] = {
     "step_seconds": steps,
     "allocation": task(lambda on, seed: Allocation(held_texts(on, seed))),
     "batch_choice": task(lambda on, seed: BatchChoice(held_texts(on, seed), seed)),
-    "first_letter": task(lambda on, seed: FirstLetter(on.model, on.site, *on.spelled, seed=seed)),
+    "masks": masks,
+    "masked_letters": masked_letters,
+    "first_letter": task(letters),
     "sparse_probing": task(probing),
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
     "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),

@@ -45,6 +45,8 @@ from sae_lib.sparse import Code, Scores, products
 
 WARM_UP, UNMASKED, MEMORY = 0.05, 0.1, 0.04
 """Shares of the run: over which the penalty grows; without a mask; that the running averages remember."""
+EVAL_MASKS = ("none", "hard", "expected")
+"""What becomes of the mask after training."""
 
 
 class ATMSAE(SAE):
@@ -97,8 +99,8 @@ class ATMSAE(SAE):
         self.weights = tuple(positive("a weight", weight, or_zero=True) for weight in weights)
         if not any(self.weights):
             raise ValueError(f"weights must not all be 0, got {self.weights}; for no mask, say rate=0")
-        if eval_mask not in ("none", "hard", "expected"):
-            raise ValueError(f"eval_mask must be none, hard or expected, got {eval_mask!r}")
+        if eval_mask not in EVAL_MASKS:
+            raise ValueError(f"eval_mask must be one of {', '.join(EVAL_MASKS)}, got {eval_mask!r}")
         self.eval_mask = eval_mask
         directions = unit_dictionary(d_in, d_sae, self.generator)
         self.W_enc = nn.Parameter(column_major(0.1 * directions.T))  # (d_in, d_sae)

@@ -194,10 +194,10 @@ def masks(sae, n, progress=0.5):
 
 def test_each_step_draws_each_latent_with_its_probability():
     sae = with_averages(*AVERAGES, deviations=1.0, rate=1.0)
-    kept = masks(sae, 4000)
-    assert torch.allclose(1 - kept.mean(0), sae.mask_probability, atol=0.03)
+    kept = masks(sae, 1000)
+    assert torch.allclose(1 - kept.mean(0), sae.mask_probability, atol=0.05)
     assert torch.equal(sae.times_masked, (kept == 0).sum(0))
-    assert sae.draws == 4000
+    assert sae.draws == 1000
 
 
 def test_nothing_is_masked_in_the_first_tenth_of_a_run():
@@ -270,7 +270,7 @@ def test_masking_in_training_makes_the_code_sparser_at_the_same_penalty():
         ({"weights": (1, 1)}, "weights must be of magnitude, frequency and contribution, got 2 of them"),
         ({"weights": (1, -1, 1)}, "a weight must be a finite number of at least 0, got -1"),
         ({"weights": (0, 0, 0)}, "weights must not all be 0.*rate=0"),
-        ({"eval_mask": "soft"}, "eval_mask must be none, hard or expected, got 'soft'"),
+        ({"eval_mask": "soft"}, "eval_mask must be one of none, hard, expected, got 'soft'"),
     ],
 )
 def test_bad_arguments_are_refused_with_rule_and_value(arguments, message, as_a_user):
