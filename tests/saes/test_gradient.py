@@ -72,9 +72,10 @@ def test_attribution_alone_chooses_without_the_1():
 @pytest.mark.parametrize("attribution", ["absolute", "signed", "reversed", "alone"])
 def test_a_negative_activation_never_lives(attribution):
     sae, x = by_hand(attribution=attribution), torch.tensor([[-5.0, 1.0, 0.5]])
-    for sign in (1, -1):
-        (z,) = chosen(sae, x, sign * torch.tensor([[9.0, 0.1, 0.0]]))
-        assert z[0] == 0
+    for sign in (1, -1):  # its weight, of -17 with one of the signs, would make its score the largest
+        assert chosen(sae, x, sign * torch.tensor([[9.0, 0.1, 0.0]])) == [[0, 1, 0]]
+    wide, (x, grad, *_) = GradientSAE(24, 480, 4, attribution=attribution), random_batches(1)[0]
+    assert ((wide.encode(x, 9 * grad) > 0).sum(1) == 4).all()
 
 
 # TopK -----------------------------------------------------------------------------------------------------------------
