@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from tiny_models import WORDS, tiny_gpt2
 
 import sae_lib
 from sae_lib import reproduce, results
-from sae_lib.experiments import described, experiments, rows
+from sae_lib.experiments import Planned, described, experiments, rows
 from sae_lib.grounds import ground
 from sae_lib.measures import MEASURES
 
@@ -214,6 +215,26 @@ def test_a_run_killed_at_every_point_ends_with_the_same_bits_and_repeats_nothing
     assert log.count("recovery 0 0") == log.count("recovery 0 1") == 1
     assert log.count("train 2000 3") == 2  # begun, killed, gone on
     assert log.count("train 4000 1") == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_who_needs_no_gradient_is_trained_without_one_unless_the_ground_gives_it_to_all(grad, tmp_path):
+    texts = [" ".join(WORDS[(7 * i * j) % 20] for j in range(1, 3 + i % 9)) for i in range(1, 61)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    place = {"model": str(tiny_gpt2()), "site": "blocks.1.hook_resid_post", "texts": str(tmp_path / "texts.txt")}
+    stand = ground(place | {"batch_size": 32, "held": 100, "grad": grad})
+    shared = {"variant": "topk", "control": None, "tokens": 200, "arguments": {"d_sae": 24, "k": 2}}
+    saes = [Planned(name, {}, shared | {"variant": name}) for name in ("topk", "gradient")]
+    (topk, _), (gradient, _) = reproduce.train_once(saes, [{}, {}], 3, stand, tmp_path / "work")
+
+    for sae, with_gradients in ((topk, grad), (gradient, True)):
+        alone = type(sae)(12, 24, k=2, seed=3)
+        sae_lib.train(alone, stand.stream(3, with_gradients), 200, 3)
+        assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), alone.parameters(), strict=True))
+        other = type(sae)(12, 24, k=2, seed=3)
+        if sae is topk and not grad:
+            sae_lib.train(other, stand.stream(3, True), 200, 3)
+            assert not torch.equal(other.W_dec, topk.W_dec)  # the rows are others
 
 
 def test_every_committed_experiment_names_measures_that_fit_its_ground():
