@@ -104,7 +104,7 @@ class GradientSAE(SAE):
         super().start(batch, tokens)
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
-            self.mean_size.copy_(self.products(batch).abs_().mean())
+            self.mean_size.copy_(self.slopes(gradient(batch)).abs_().mean())
 
     def before_step(self, progress: float) -> None:
         if self.attribution == "of other latents":
@@ -146,33 +146,39 @@ class GradientSAE(SAE):
     @torch.no_grad()
     def weights(self, batch: Batch) -> Float[Tensor, "batch d_sae"]:
         """By what each score is multiplied."""
+        grad = gradient(batch)
         if self.training and self.attribution == "of other tokens":
-            everywhere = batch.grad if processes() == 1 else torch.cat(gathered(batch.grad))
-            batch = batch._replace(grad=mine(Batch(everywhere.roll(1, 0))).x)
-        size = self.products(batch)
+            everywhere = grad if processes() == 1 else torch.cat(gathered(grad))
+            grad = mine(Batch(everywhere.roll(1, 0))).x
+        slopes = self.slopes(grad)
         if self.training and self.attribution == "of other latents":
-            size = size[:, self.order.to(size.device)]
-        attributions = size.div_(self.mean_size.clamp(min=torch.finfo(size.dtype).tiny))
+            slopes = slopes[:, self.order.to(slopes.device)]
+        attributions = slopes.div_(self.mean_size.clamp(min=torch.finfo(slopes.dtype).tiny))
         return WEIGHTS[self.attribution](attributions, self.beta)
 
-    def products(self, batch: Batch) -> Float[Tensor, "batch d_sae"]:
+    def slopes(self, grad: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """``W_dec g``: how fast the loss rises along each latent's direction."""
-        if batch.grad is None:
-            raise ValueError(
-                "a batch must have the gradient of the model's loss to train a g-SAE, got none; stream them with "
-                "Activations(..., grad=True)"
-            )
-        if batch.grad.shape != batch.x.shape:
-            raise ValueError(f"grad must have the shape of x, {tuple(batch.x.shape)}, got {tuple(batch.grad.shape)}")
         directions = self.W_dec.detach()
-        return linear(batch.grad.to(directions.dtype), directions, directions.new_zeros(self.d_sae))
+        return linear(grad.to(directions.dtype), directions, directions.new_zeros(self.d_sae))
 
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
-        self.mean_size.lerp_(per_token(self.products(batch).abs_().mean(1).sum(), len(batch.x)), 1 - MEMORY)
+        self.mean_size.lerp_(per_token(self.slopes(gradient(batch)).abs_().mean(1).sum(), len(batch.x)), 1 - MEMORY)
 
     @torch.no_grad()
     def fold(self, scale: float) -> None:
         self.mean_size.mul_(self.scale / scale)  # where activations grow, gradients shrink
         super().fold(scale)
+
+
+def gradient(batch: Batch) -> Float[Tensor, "batch d_in"]:
+    """The batch's gradient, if it has one that fits."""
+    if batch.grad is None:
+        raise ValueError(
+            "a batch must have the gradient of the model's loss to train a g-SAE, got none; stream them with "
+            "Activations(..., grad=True)"
+        )
+    if batch.grad.shape != batch.x.shape:
+        raise ValueError(f"grad must have the shape of x, {tuple(batch.x.shape)}, got {tuple(batch.grad.shape)}")
+    return batch.grad

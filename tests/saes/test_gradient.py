@@ -204,9 +204,10 @@ def test_attributions_are_dealt_out_to_latents_anew_in_each_step_of_training():
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
-def test_training_without_gradients_says_how_to_stream_them(as_a_user):
+@pytest.mark.parametrize("attribution", ["absolute", "of other tokens"])
+def test_training_without_gradients_says_how_to_stream_them(attribution, as_a_user):
     with pytest.raises(ValueError, match=r"got none; stream them with Activations\(..., grad=True\)"):
-        by_hand().train().loss(Batch(X))
+        by_hand(attribution=attribution).train().loss(Batch(X))
     with pytest.raises(ValueError, match=r"gradient needs grad from the stream; use Activations\(..., grad=True\)"):
         train(GradientSAE(3, 12, 2), [X, X], tokens=2)
 
