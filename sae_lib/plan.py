@@ -163,6 +163,7 @@ KNOWN = {
     "gpt2": ModelShape(12, 768, 3072, 12, 12, 64, 50257, 1024, True, FAMILIES["gpt2"]),
     "gemma-2-2b": ModelShape(26, 2304, 9216, 8, 4, 256, 256000, 8192, True, FAMILIES["gemma2"]),
     # as published; their parameters come to the published totals
+    "gpt2-medium": ModelShape(24, 1024, 4096, 16, 16, 64, 50257, 1024, True, FAMILIES["gpt2"]),
     "gemma-2-9b": ModelShape(42, 3584, 14336, 16, 8, 256, 256000, 8192, True, FAMILIES["gemma2"]),
     "pythia-70m": ModelShape(6, 512, 2048, 8, 8, 64, 50304, 2048, False, FAMILIES["gpt_neox"]),
     "pythia-160m": ModelShape(12, 768, 3072, 12, 12, 64, 50304, 2048, False, FAMILIES["gpt_neox"]),

@@ -65,7 +65,7 @@ def test_known_models_are_the_defaults_of_transformers(name, config, tmp_path):
 def test_known_models_have_the_published_number_of_parameters():
     published = {
         "gpt2": 124_439_808, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "pythia-70m": 70_426_624,
-        "pythia-160m": 162_322_944, "llama-3.1-8b": 8_030_261_248,
+        "pythia-160m": 162_322_944, "llama-3.1-8b": 8_030_261_248, "gpt2-medium": 354_823_168,
     }  # fmt: skip
     assert {name: model_shape(name).parameters for name in KNOWN} == published
 
