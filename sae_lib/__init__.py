@@ -10,6 +10,7 @@ from sae_lib.models import load_model
 from sae_lib.sae import SAE
 from sae_lib.saes import (
     ATMSAE,
+    GBASAE,
     VARIANTS,
     BatchTopKSAE,
     FeatureChoiceSAE,

@@ -120,8 +120,7 @@ class PlantedDictionary:
 
     *Directions.* Orthonormal if ``n_features <= d_in``. Otherwise as even as 100 steps of descent on the sum of
     ``cos(v_i, v_j)^4`` make them (about ``4 n_features^2 d_in`` operations a step): 64 directions in 32 dimensions
-    have ``|cos|`` up to about 0.17, where 0.126 is the least possible and random directions, which ``even=False`` leaves
-    as they are, reach 0.6.
+    have ``|cos|`` up to about 0.17, where 0.126 is the least possible and random directions (``even=False``) reach 0.6.
 
     *Frequencies.* Feature i fires with probability proportional to ``(i + 1)^-zipf`` times, in a hierarchy,
     ``1 / (b + 1)`` for each step down from its root, with b the number of children there. Features are ordered from

@@ -145,7 +145,15 @@ def jumprelu(sae, x, z=None):
     return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": sae.warm * sparsity}, z
 
 
+def gba(sae, x, z=None):
+    norms = (x - sae.b_dec).norm(dim=1, keepdim=True)
+    y = (x - sae.b_dec) / norms.clamp(min=1e-30) @ sae.W_dec.T + sae.b_enc
+    z = norms * sae.output_scale * y.relu()
+    errors = ((x - z @ sae.W_dec - sae.b_dec) / norms.clamp(min=1e-30)).pow(2).sum(1)
+    return {"reconstruction": errors.mean()}, z
+
+
 LOSSES = {
     loss.__name__: loss
-    for loss in (topk, batchtopk, matryoshka, mutual_choice, feature_choice, gradient, relu, gated, jumprelu, atm)
+    for loss in (topk, batchtopk, matryoshka, mutual_choice, feature_choice, gradient, relu, gated, jumprelu, atm, gba)
 }

@@ -25,6 +25,7 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
         "jumprelu, coeff": {"l0_coeff": 0.01},
         "gradient, others": {"k": k, "attribution": "of other tokens", "literal": True},
         "atm": {"l1_coeff": 0.1},
+        "gba": {"adapt_every": 10},
     }.get(name, {"k": k})
     sae = VARIANTS[name.split(",")[0]](d_in, d_sae, seed=seed, **settings).train().to(dtype)
     level = (2 * torch.tensor(d_sae / k).log()).sqrt() / d_in**0.5 * 0.75  # about the k-th largest of d_sae scores
@@ -41,6 +42,9 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
             sae.b_enc.sub_(level)
         if sae.name == "atm":
             sae.kept[::3] = 0
+        if sae.name == "gba":
+            sae.b_enc.sub_(level)
+            sae.b_dec.fill_(0.02)
         if sae.name == "gated":
             sae.b_gate.sub_(level)
             sae.b_mag.sub_(0.5 * level)
@@ -85,7 +89,7 @@ def assert_same_step(sae, x, tolerance, z=None):
 
 
 NAMES = ["relu", "relu, norms", "gated", "topk", "jumprelu", "jumprelu, coeff", "batchtopk", "matryoshka"]
-NAMES += ["gradient", "gradient, others", "mutual_choice", "feature_choice", "atm"]
+NAMES += ["gradient", "gradient, others", "mutual_choice", "feature_choice", "atm", "gba"]
 WITH_K = ["topk", "batchtopk", "matryoshka", "mutual_choice", "gradient"]
 
 
@@ -198,6 +202,7 @@ def test_fifty_steps_of_training_in_64_bits_are_those_of_dense_arithmetic(name):
 TRUE_DERIVATIVES = {
     "gated": ["W_enc", "b_gate", "b_mag", "r_mag"],
     "jumprelu": ["W_enc", "b_enc", "W_dec", "b_dec"],
+    "gba": ["W_dec", "output_scale"],
 }
 
 

@@ -9,9 +9,11 @@ unlike anything, and would count training that failed as disagreement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -75,3 +77,49 @@ def shared_latents(
         "consistency_mmcs": sum(found.mean().item() for found in best) / len(best),
         "consistency_pairs": len(best) // 2,
     }
+
+
+def strongest_shared(
+    decoders: Sequence[Float[Tensor, "_ d_in"]],
+    strengths: Sequence[Float[Tensor, " _"]],
+    share: float = 0.01,
+    threshold: float | int = 0.9,
+) -> float:
+    """How much of each run's strongest latents another run has, too: with `share` 1, of all its living latents.
+
+    Of the living latents of one run, the `share` (rounded up) with the largest activations are looked for among all
+    living latents of another; the mean over them, then over all ordered pairs of runs.
+
+    Units: fraction; blind to what `shared_latents` is blind to, and to what a latent does below its maximum, which is a
+    single token's. Source: Chen et al. 2025 (GBA, arXiv 2506.14002), as others describe its figure.
+
+    Args:
+        decoders: ``W_dec`` of each run, at least two.
+        strengths: the largest activation of each latent of each run; 0 is dead.
+        share: of the living latents, in (0, 1].
+        threshold: cosine from which a latent counts as found again.
+
+    Raises:
+        ValueError: for fewer than two runs, strengths that do not fit, a run without living latents, or a share out of
+            range.
+
+    >>> import torch
+    >>> runs = [torch.eye(2), torch.tensor([[0.0, 1.0], [3.0, 4.0]])]
+    >>> strongest_shared(runs, [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])], share=0.5)  # cosines 1 and 4/5
+    0.5
+    """
+    if len(decoders) < 2:
+        raise ValueError(f"decoders must be those of at least two runs, got {len(decoders)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    if [tuple(each.shape) for each in strengths] != [(len(W_dec),) for W_dec in decoders]:
+        shapes = [(len(W_dec),) for W_dec in decoders], [tuple(each.shape) for each in strengths]
+        raise ValueError(f"strengths must be one for each latent of each run, of shapes {shapes[0]}, got {shapes[1]}")
+    if dead := [number for number, each in enumerate(strengths) if not (each > 0).any()]:
+        raise ValueError(f"each run must have living latents, got none in run {dead[0]}: leave it out")
+    found = []
+    for one, other in permutations(range(len(decoders)), 2):
+        strongest = strengths[one].topk(math.ceil(share * int((strengths[one] > 0).sum()))).indices
+        best = cosines(decoders[one][strongest], decoders[other][strengths[other] > 0]).amax(1)
+        found.append((best >= threshold).double().mean())
+    return torch.stack(found).mean().item()

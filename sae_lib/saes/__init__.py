@@ -4,6 +4,7 @@ from sae_lib.saes.atm import ATMSAE
 from sae_lib.saes.batchtopk import BatchTopKSAE
 from sae_lib.saes.choice import FeatureChoiceSAE, MutualChoiceSAE
 from sae_lib.saes.gated import GatedSAE
+from sae_lib.saes.gba import GBASAE
 from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.jumprelu import JumpReLUSAE
 from sae_lib.saes.matryoshka import MatryoshkaSAE
@@ -23,6 +24,7 @@ VARIANTS = {
         FeatureChoiceSAE,
         GradientSAE,
         ATMSAE,
+        GBASAE,
     )
 }
 """One-word name -> class."""
