@@ -12,10 +12,10 @@
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
 
-An argument that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched for, until the
-measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a part of the
-grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name. All SAEs of a
-seed are trained on one stream, in one order of the data. `sae_lib.reproduce` runs it.
+An argument, of a ground too, that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched
+for, until the measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a
+part of the grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name.
+All SAEs of a seed are trained on one stream, in one order of the data. `sae_lib.reproduce` runs it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,14 @@ def experiments(chapter: str, scale: str, path: Path | None = None) -> list[Expe
         if scale in parts["scales"]:
             try:
                 whole = OPTIONAL | {k: v for k, v in parts.items() if k != "scales"} | parts["scales"][scale]
-                found.append(experiment(chapter, name, scale, whole, content["grounds"]))
+                found += on_grounds(chapter, name, scale, whole, content["grounds"])
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{chapter}/{name} at scale {scale}: {error}") from error
     return found
 
 
-def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], grounds: dict[str, Any]) -> Experiment:
-    """One experiment, from what its description says at one scale."""
+def on_grounds(chapter: str, name: str, scale: str, parts: dict[str, Any], grounds: dict[str, Any]) -> list[Experiment]:
+    """One experiment, from what its description says at one scale; or several, where settings change the ground."""
     if missing := [part for part in NEEDED if part not in parts]:
         raise ValueError(f"an experiment must have {', '.join(NEEDED)}, got none of {', '.join(missing)}")
     if unknown := set(parts) - set(NEEDED) - set(OPTIONAL):
@@ -144,7 +145,6 @@ def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
     shared = {
         "experiment": f"{chapter}/{name}",
         "version": parts["version"],
-        "ground": grounds[parts["ground"]],
         "repeats": parts["repeats"],
         "tokens": parts["tokens"],
     }
@@ -157,11 +157,17 @@ def experiment(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
         )
     saes = []
     for setting in parts["settings"]:
-        own = {"measures": [measure for measure, only in measures.items() if matches(setting, only)]}
+        own = {
+            "ground": valued(grounds[parts["ground"]], setting),
+            "measures": [measure for measure, only in measures.items() if matches(setting, only)],
+        }
         for label, asked in parts["saes"].items():
             if matches(setting, asked.get("only", {})):
                 saes.append(planned(label, asked, setting, shared | own))
-    return Experiment(chapter, name, scale, parts["version"], shared["ground"], parts["seeds"], tuple(saes))
+    return [
+        Experiment(chapter, name, scale, parts["version"], ground, parts["seeds"], tuple(some))
+        for ground, some in groupby(saes, key=lambda sae: sae.configuration["ground"])
+    ]
 
 
 def matches(setting: dict[str, Any], only: dict[str, Any]) -> bool:
@@ -169,15 +175,16 @@ def matches(setting: dict[str, Any], only: dict[str, Any]) -> bool:
     return all(setting.get(name) == value for name, value in only.items())
 
 
+def valued(part: Any, setting: dict[str, Any]) -> Any:
+    """A part of a description, names of settings in it replaced by their values."""
+    if isinstance(part, dict):
+        return {name: valued(inner, setting) for name, inner in part.items()}
+    return setting.get(part, part) if isinstance(part, str) else part
+
+
 def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: dict[str, Any]) -> Planned:
     """One SAE at one setting: names of settings replaced by their values, arguments checked."""
-
-    def valued(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {name: valued(inner) for name, inner in part.items()}
-        return setting.get(part, part) if isinstance(part, str) else part
-
-    parts = {name: valued(part) for name, part in asked.items() if name != "only"}
+    parts = {name: valued(part, setting) for name, part in asked.items() if name != "only"}
     variant, control = parts.pop("variant", None), parts.pop("control", None)
     tokens = parts.pop("tokens", shared["tokens"])
     version = {"sae_version": parts.pop("version")} if "version" in parts else {}

@@ -24,7 +24,7 @@ WITHIN = 0.03
 """Largest relative distance of a measured L0 from the target; and of an L0 from the end of a curve that is read."""
 ROUNDS = 10
 """Most trainings of one search."""
-SLOPES = {"l1_coeff": -1.5, "target_l0": 1.0}
+SLOPES = {"l1_coeff": -1.5, "target_l0": 1.0, "htf": 1.0}
 """Usual slope of log L0 against the log of a coefficient, for the first step of a search; -1 for others."""
 
 

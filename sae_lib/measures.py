@@ -18,7 +18,7 @@ from sae_lib.metrics.absorption import planted_absorption
 from sae_lib.metrics.allocation import Allocation, BatchChoice, step_seconds
 from sae_lib.metrics.attribution import LatentEffects
 from sae_lib.metrics.autointerp import Autointerp
-from sae_lib.metrics.consistency import shared_latents
+from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.first_letter import FirstLetter
 from sae_lib.metrics.gradient import ChoiceByGradient
@@ -53,6 +53,13 @@ def recovery(saes: Sequence[SAE], ground: PlantedGround, seed: int, repeat: int)
         directions = {name: measure(sae.W_dec, planted.directions) for name, measure in measures.items()}
         found.append(directions | latent_f1(sae.W_dec, planted.directions, sae.encode(held.x), held.truth))
     return found
+
+
+@torch.no_grad()
+def recovery_rates(saes: Sequence[SAE], ground: PlantedGround, seed: int, repeat: int) -> list[Metrics]:
+    """Share of the planted features that some latent has a cosine of at least 0.8, and 0.9, with."""
+    truth, at = ground.dictionary(seed).directions, {"recovery_rate_80": 0.8, "recovery_rate_90": 0.9}
+    return [{name: recovery_rate(sae.W_dec, truth, threshold) for name, threshold in at.items()} for sae in saes]
 
 
 @torch.no_grad()
@@ -171,10 +178,13 @@ def each(measure: Callable[[SAE], Metrics], saes: Sequence[SAE]) -> list[Metrics
 
 @torch.no_grad()
 def consistency(sae: SAE, twin: SAE, ground: Ground, seed: int) -> Metrics:
-    """How many latents an SAE shares with its twin: other initial weights, the same data in the same order."""
+    """How many latents, and how many of the strongest 1%, an SAE shares with its twin: other initial weights, the same
+    data in the same order."""
     x = ground.rows(seed, 0)
-    alive = [density(one.encode(x)) > 0 for one in (sae, twin)]
-    found = shared_latents([sae.W_dec.detach(), twin.W_dec.detach()], alive)
+    decoders = [sae.W_dec.detach(), twin.W_dec.detach()]
+    strengths = [one.encode(x).amax(0) for one in (sae, twin)]
+    found = shared_latents(decoders, [strength > 0 for strength in strengths])
+    found["consistency_top"] = strongest_shared(decoders, strengths)
     return {name: value for name, value in found.items() if name != "consistency_pairs"}
 
 
@@ -182,6 +192,7 @@ MEASURES: dict[str, Measure] = {
     "reconstruction": reconstruction,
     "sparsity": sparsity,
     "recovery": recovery,
+    "recovery_rates": recovery_rates,
     "planted_absorption": planted_hierarchy,
     "density": densities,
     "gradient": choice_by_gradient,

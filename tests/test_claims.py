@@ -276,7 +276,7 @@ def test_a_claim_asks_for_saes_and_settings_that_its_experiment_has():
     for claim in read_claims()[1]:
         chapter, name = claim.test["experiment"].split("/")
         of_chapter = experiments.experiments(chapter, claim.scale) if chapter in chapters else []
-        for planned in [each.saes for each in of_chapter if each.name == name]:
+        if planned := [sae for each in of_chapter if each.name == name for sae in each.saes]:
             asked = [claim.test[which] for which in "ab" if which in claim.test]
             asked += [{"sae": label} for label in claim.test.get("saes", [])]
             for arm in asked:
