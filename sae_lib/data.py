@@ -186,7 +186,6 @@ class PlantedDictionary:
         for name, sizes in {"n_features": (n_features,), "d_in": (d_in,), "hierarchy": hierarchy}.items():
             if not all(isinstance(size, int) and size >= 1 for size in sizes):
                 raise ValueError(f"{name} must consist of integers of at least 1, got {', '.join(map(repr, sizes))}")
-        active = tuple(active) if isinstance(active, (tuple, list)) else active
         levels = active if isinstance(active, tuple) else (active,)
         if not levels or not all(0 < level <= n_features for level in levels):
             raise ValueError(f"active must be in (0, n_features={n_features}], got {active}")

@@ -75,7 +75,7 @@ class PlantedGround(Ground):
 
     def __init__(self, planted: dict[str, Any], batch_size: int, held: int):
         super().__init__()
-        self.planted = planted | {"hierarchy": tuple(planted.get("hierarchy", ()))}
+        self.planted = {name: tuple(value) if isinstance(value, list) else value for name, value in planted.items()}
         self.batch_size = whole("batch_size", batch_size)
         self.d_in, self.held = planted["d_in"], whole("held", held)
 

@@ -176,6 +176,25 @@ def test_a_child_fires_only_if_its_parent_does_and_siblings_exclude_each_other_o
         assert together == 0 if exclusive else abs(together - expected) < 0.02
 
 
+def test_samples_of_several_levels_draw_one_each_and_all_frequencies_follow_it():
+    mixed = PlantedDictionary(40, 16, active=(2, 10), zipf=0.3)
+    assert mixed.frequencies.sum().item() == pytest.approx(6, rel=1e-5)
+    fires = mixed.sample(40_000)[1] != 0
+    assert ((fires.float().mean(0) - mixed.frequencies).abs() < 0.012).all()
+    counts = torch.cat([PlantedDictionary(40, 16, active=a, zipf=0.3).sample(20_000)[1] != 0 for a in (2, 10)]).sum(1)
+    assert fires.sum(1).float().std().item() == pytest.approx(counts.float().std().item(), rel=0.02)
+    correlated = PlantedDictionary(40, 16, active=(2, 10), correlation=0.5).sample(20_000)[1] != 0
+    assert correlated.sum(1).float().mean().item() == pytest.approx(6, abs=0.2)
+
+
+def test_random_directions_are_the_same_before_they_are_spread_and_have_a_stream_of_their_own():
+    random, even = (PlantedDictionary(64, 32, even=even) for even in (False, True))
+    assert torch.allclose(random.directions.norm(dim=1), torch.ones(64))
+    largest = [(one.directions @ one.directions.T).fill_diagonal_(0).abs().max() for one in (random, even)]
+    assert largest[0] > 0.5 > 0.2 > largest[1]
+    assert random.batches(8).fingerprint != even.batches(8).fingerprint
+
+
 def test_correlation_ties_the_roots_and_nothing_else_does():
     def largest_correlation(**arguments):
         fires = (PlantedDictionary(20, 20, active=6.0, **arguments).sample(20_000)[1] != 0).float()
@@ -245,6 +264,8 @@ def test_fingerprints_tell_streams_of_different_samples_apart():
         ({"hierarchy": (3, 3)}, r"n_features must be at least 13, a tree of hierarchy=\(3, 3\), got 12"),
         ({"active": 0}, r"active must be in \(0, n_features=12\], got 0"),
         ({"active": 13}, r"active must be in \(0, n_features=12\], got 13"),
+        ({"active": (3, 13)}, r"active must be in \(0, n_features=12\], got \(3, 13\)"),
+        ({"active": ()}, r"active must be in \(0, n_features=12\], got \(\)"),
         ({"active": float("nan")}, r"active must be in \(0, n_features=12\], got nan"),
         ({"active": 6.0, "zipf": 1.0}, "feature 0 would fire with probability 1.93; lower active, zipf"),
         ({"zipf": -1}, "zipf must be a finite number of at least 0, got -1"),

@@ -64,6 +64,19 @@ def test_what_is_costly_is_kept_to_a_part_of_the_grid(tmp_path):
     ]
 
 
+def test_a_ground_that_follows_a_setting_is_one_for_each_of_its_values(tmp_path):
+    path = write(tmp_path, settings=[{"d_in": 4, "k": 1}, {"d_in": 4, "k": 2}, {"d_in": 5, "k": 1}])
+    content = yaml.safe_load(path.read_text())
+    content["grounds"]["world"]["planted"]["d_in"] = "d_in"
+    content["chapter"]["name"]["saes"] = {"TopK": {"variant": "topk", "d_sae": 8, "k": "k"}}
+    path.write_text(yaml.safe_dump(content))
+    four, five = experiments("chapter", "pocket", path)
+    assert [len(one.saes) for one in (four, five)] == [2, 1]
+    assert [one.ground["planted"]["d_in"] for one in (four, five)] == [4, 5]
+    assert {sae.configuration["ground"]["planted"]["d_in"] for sae in four.saes} == {4}
+    assert four.name == five.name == "name"
+
+
 def test_the_searched_argument_is_filled_in_when_the_sae_is_made(tmp_path):
     (experiment,) = experiments("chapter", "pocket", write(tmp_path))
     name, search = experiment.saes[1].search

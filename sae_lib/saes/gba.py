@@ -23,12 +23,12 @@ The latents are `groups` groups (K) of equal size, with targets from `htf` down 
 
 Differences from the paper, of which the abstract alone was available: the rest is known from notes and reviews by
 others. In its runs on language models a JumpReLU is said to stand for the ReLU: the bias then opens a latent and does
-not shrink it. That tokens are normalised is said there, how is not: unit norm is inferred, because biases lie
-in [-1, 0]; on the planted mixture of chapter `gba`, one global scale in its place left most features unfound. Inferred
+not shrink it. That tokens are normalised is said there, how is not: unit norm is inferred, because biases lie in
+[-1, 0]; on the planted mixture of chapter `gba`, one global scale in its place left most features unfound. Inferred
 too: unit rows, which get no gradient along themselves; a and b_enc start at 1 and 0; b_dec does not move, for a trained
-one makes latents whose cosine is never positive, which no bias can revive. It is the geometric median, or 0 (`center`):
-measured here, the median is better on a language model and 0 on planted data, which have no offset. The notes have
-groups drawn at random, T_b = 50 and gamma = 0.01; runs of a few hundred steps need a smaller `adapt_every`.
+one can leave latents whose cosine is never positive, which no bias can revive. It is the geometric median, or 0
+(`center`): measured here, the median is better on a language model and 0 on planted data, which have no offset. The
+notes have groups drawn at random, T_b = 50 and gamma = 0.01; short runs need a smaller `adapt_every`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_lib.metrics import mmcs, recovery_rate, shared_latents
+from sae_lib.metrics import mmcs, recovery_rate, shared_latents, strongest_shared
 
 
 def draw(*shape, seed=0):
@@ -66,3 +66,37 @@ def test_a_cosine_at_the_threshold_counts():
 def test_bad_input_is_refused_with_rule_value_and_remedy(arguments, message):
     with pytest.raises(ValueError, match=message):
         shared_latents(*arguments)
+
+
+# The strongest -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_strongest_are_looked_for_but_among_all_living_latents():
+    runs = [torch.eye(4), torch.eye(4)[[3, 2, 0]]]  # the second run lacks the second direction
+    first, second = torch.tensor([9.0, 8.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0])
+    assert strongest_shared(runs, [first, second], share=0.25) == 1  # its strongest is the other's third
+    assert strongest_shared(runs, [first, second], share=0.5) == (1 / 2 + 1) / 2
+    assert strongest_shared(runs, [first, second], share=1.0) == (3 / 4 + 1) / 2
+
+
+def test_dead_latents_are_neither_looked_for_nor_found():
+    runs = [torch.eye(3), torch.eye(3)]
+    strengths = [torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])]
+    assert strongest_shared(runs, strengths, share=1.0) == 0
+    with pytest.raises(ValueError, match="living latents, got none in run 1"):
+        strongest_shared(runs, [strengths[0], torch.zeros(3)])
+
+
+def test_all_of_them_are_those_that_runs_share():
+    runs = [draw(6, 3, seed=6), draw(6, 3, seed=9)]
+    everything = strongest_shared(runs, [torch.ones(6)] * 2, share=1.0, threshold=0.7)
+    assert everything == pytest.approx(shared_latents(runs, threshold=0.7)["consistency"])
+
+
+def test_strengths_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"at least two runs, got 1"):
+        strongest_shared([torch.eye(2)], [torch.ones(2)])
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        strongest_shared([torch.eye(2)] * 2, [torch.ones(2)] * 2, share=0.0)
+    with pytest.raises(ValueError, match=r"strengths must be one for each latent of each run.*got \[\(2,\), \(3,\)\]"):
+        strongest_shared([torch.eye(2)] * 2, [torch.ones(2), torch.ones(3)])
