@@ -70,7 +70,8 @@ def top_of_rows_by(
     Args:
         rank: from the scores of some rows, zero where they are negative, and which rows they are, a number for each
             pair, zero where its score is; it may overwrite what it gets. The pairs' values are their scores. Where
-            ranks are scores, this is `top_of_rows` to the bit; but all pairs are scored in the weights' own precision.
+            ranks are scores, this is `top_of_rows`, with equal scores in another order; but all pairs are scored in the
+            weights' own precision.
     """
     if k > DENSITY * scores.shape[1] or not scores.shape[0]:
         s = scores.dense()

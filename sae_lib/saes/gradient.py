@@ -122,7 +122,8 @@ class GradientSAE(SAE):
         return self.select(self.scores(x), Batch(x, grad)).dense()
 
     def select(self, scores: Scores, batch: Batch) -> Code:
-        if batch.grad is None and not self.training:
+        weighed = self.beta > 0 or self.attribution == "alone"
+        if not weighed or (batch.grad is None and not self.training):
             return top_of_rows(scores, self.k)
         weights = self.weights(batch)
         code = top_of_rows_by(scores, self.k, lambda z, rows: z.mul_(weights[rows]))

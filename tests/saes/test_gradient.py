@@ -94,6 +94,15 @@ def test_without_weight_on_the_gradient_training_gives_topk_to_the_bit(k, bf16, 
     assert not any(other)
 
 
+def test_without_weight_on_the_gradient_equal_scores_are_added_up_in_topks_order():
+    saes = [TopKSAE(24, 480, 5), GradientSAE(24, 480, 5, beta=0.0)]
+    for sae in saes:
+        with torch.no_grad():  # each latent has a twin with the same scores
+            sae.W_enc[:, 1::2] = sae.W_enc[:, ::2]
+    codes = [sae.train().loss(batch).code for batch in random_batches(1) for sae in saes]
+    assert torch.equal(codes[0].cols, codes[1].cols)
+
+
 def test_evaluation_without_a_gradient_is_topk():
     topk, sae = TopKSAE(24, 480, 4).eval(), GradientSAE(24, 480, 4, beta=5.0).eval()
     x, grad, *_ = random_batches(1)[0]
