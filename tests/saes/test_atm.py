@@ -60,6 +60,10 @@ def test_the_probability_rises_from_the_threshold_down():
     assert sae.mask_probability.tolist() == pytest.approx([0, 0, 1 - math.exp(-2)])
     sae = with_averages([1.0, 3.0, 4.0], [1.0] * 3, [1.0] * 3, deviations=0, weights=(3, 0, 0), rate=2.0)
     assert sae.mask_probability.tolist() == pytest.approx([1 - math.exp(-2 * (8 / 3 - 1) / (8 / 3)), 0, 0])
+    sae = with_averages(*AVERAGES, deviations=1, weights=(1, 0, 0), rate=2.0)  # the same importance
+    threshold = 1 + math.sqrt(2 / 3)
+    expected = [0, 1 - math.exp(-2 * (threshold - 1) / threshold), 1 - math.exp(-2)]
+    assert sae.mask_probability.tolist() == pytest.approx(expected)
 
 
 def test_without_a_rate_nothing_is_masked_and_with_a_very_large_one_all_below_is():
