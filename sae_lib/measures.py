@@ -18,10 +18,10 @@ from sae_lib.metrics.absorption import planted_absorption
 from sae_lib.metrics.allocation import Allocation, BatchChoice, step_seconds
 from sae_lib.metrics.attribution import LatentEffects
 from sae_lib.metrics.autointerp import Autointerp
+from sae_lib.metrics.choice_by_gradient import ChoiceByGradient
 from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.first_letter import FirstLetter
-from sae_lib.metrics.gradient import ChoiceByGradient
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
 from sae_lib.metrics.reconstruction import density

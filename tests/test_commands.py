@@ -40,7 +40,8 @@ def saved(tmp_path):
 
 def book(label: str, target: int, seed: int) -> dict:
     ground = {"model": str(tiny_gpt2()), "site": SITE}
-    row = {"sae": label, "target": target, "seed": seed, "d_sae": 64, "configuration": {"ground": ground}}
+    row = {"experiment": "pocket", "sae": label, "target": target, "seed": seed, "d_sae": 64}
+    row |= {"configuration": {"ground": ground}}
     return row | {"l0": float(target), "fvu": 1 / target, "kl": 0.5 / target, "alive": 0.9}
 
 

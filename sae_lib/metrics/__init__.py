@@ -9,9 +9,9 @@ from sae_lib.metrics.absorption import (
 )
 from sae_lib.metrics.attribution import LatentEffects, ablation, gradient_times_activation, integrated_gradients
 from sae_lib.metrics.autointerp import Autointerp
+from sae_lib.metrics.choice_by_gradient import ChoiceByGradient
 from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.first_letter import FirstLetter
-from sae_lib.metrics.gradient import ChoiceByGradient
 from sae_lib.metrics.main_latents import KSparseProbe, OneVsRest, feature_splits, k_sparse_probe, one_vs_rest
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.ngrams import NGrams

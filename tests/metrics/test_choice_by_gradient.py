@@ -5,7 +5,7 @@ import torch
 
 from sae_lib import Activations, GradientSAE, ReLUSAE, TopKSAE, evaluate, load_model
 from sae_lib.metrics import ChoiceByGradient, PatchedLoss
-from sae_lib.metrics.gradient import choosing_by
+from sae_lib.metrics.choice_by_gradient import choosing_by
 from tests.tiny_models import WORDS, tiny_gpt2
 
 SITE, ROWS = "blocks.1.hook_resid_post", 80
