@@ -6,8 +6,7 @@
       version: raised when its meaning changes
       ground: name of a ground
       settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
-      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others;
-                     version, raised when its training changes}}
+      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others}}
       measures: names of `sae_lib.measures`
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
@@ -15,7 +14,8 @@
 An argument, of a ground too, that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched
 for, until the measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a
 part of the grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name.
-All SAEs of a seed are trained on one stream, in one order of the data. `sae_lib.reproduce` runs it.
+All SAEs of a seed are trained on one stream, in one order of the data. The ``version`` of an SAE is raised when its own
+training changes. `sae_lib.reproduce` runs it.
 """
 
 from __future__ import annotations

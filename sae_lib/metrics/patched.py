@@ -43,7 +43,9 @@ class PatchedLoss:
         text: the number of the text, or window of one, that each row belongs to; ascending.
         loss: the model's own loss on each row's token, in nats.
         tokens: number of predictions.
-        loss_clean, loss_zero, loss_mean: their mean loss with the site as it is, zeroed, and at its mean.
+        loss_clean: their mean loss with the site as it is.
+        loss_zero: with the site zeroed.
+        loss_mean: with the site at its mean.
 
     >>> import sae_lib
     >>> texts = sae_lib.load_texts("pocket", "test", limit=8)

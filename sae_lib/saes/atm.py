@@ -67,7 +67,9 @@ class ATMSAE(SAE):
         seed: of the initial weights and of the masks.
 
     Attributes:
-        magnitude, frequency, contribution: the running averages, one number a latent.
+        magnitude: running average of f, one number a latent.
+        frequency: that of whether it fires.
+        contribution: that of how much the squared error rises without it.
         times_masked: in how many steps each latent was masked, of the `draws` steps that drew a mask.
 
     Raises:
