@@ -31,7 +31,6 @@ from sae_lib.metrics.steering import Steering
 from sae_lib.metrics.zipf import zipf_fit, zipf_shift
 from sae_lib.sae import SAE
 from sae_lib.saes.atm import ATMSAE
-from sae_lib.saes.gradient import GradientSAE
 from sae_lib.saes.topk import TopKSAE
 
 Metrics = dict[str, float]
@@ -93,7 +92,7 @@ def choice_by_gradient(saes: Sequence[SAE], ground: LanguageGround, seed: int, r
     prepared = ground.prepared(
         ("gradient", repeat), lambda: ChoiceByGradient(held_texts(ground, repeat), ground.held, seed=repeat)
     )
-    able = [isinstance(sae, GradientSAE | TopKSAE) for sae in saes]
+    able = [isinstance(sae, TopKSAE) for sae in saes]
     found = iter(prepared([sae for sae, can in zip(saes, able, strict=True) if can]))
     return [next(found) if can else "only g-SAE and TopK choose with the gradient" for can in able]
 

@@ -84,13 +84,12 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
-        update_threshold(self, code)
+        self.update_threshold(code)
 
-
-def update_threshold(sae: SAE, code: Code) -> None:
-    """Move the running mean `sae.threshold` towards this batch's smallest living value, if anything lives."""
-    if greatest(len(code.values)):
-        nothing = code.values.new_tensor([torch.inf])  # in this process
-        smallest = least(torch.cat([code.values.detach(), nothing]).min())
-        sae.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
-        sae.threshold.lerp_(smallest, (1 - MEMORY) / sae.threshold_weight)
+    def update_threshold(self, code: Code) -> None:
+        """Move the running mean `threshold` towards this batch's smallest living value, if anything lives."""
+        if greatest(len(code.values)):
+            nothing = code.values.new_tensor([torch.inf])  # in this process
+            smallest = least(torch.cat([code.values.detach(), nothing]).min())
+            self.threshold_weight.mul_(MEMORY).add_(1 - MEMORY)
+            self.threshold.lerp_(smallest, (1 - MEMORY) / self.threshold_weight)

@@ -38,13 +38,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lib.data import Batch
 from sae_lib.distributed import count, least, per_token, total
-from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
-from sae_lib.saes.batchtopk import update_threshold
-from sae_lib.selection import above, top_of_batch, top_of_columns
+from sae_lib.sae import Loss, auxk, positive, squared_error
+from sae_lib.saes.batchtopk import BatchTopKSAE
+from sae_lib.selection import top_of_columns
 from sae_lib.sparse import Code, Scores
 
 DYING = 0.6
@@ -56,7 +56,7 @@ STEP, LEAST_STEP = 0.3, 0.02
 phase two, the L0 of evaluation is about 2% above k with budgets by Zipf's law, 5% with equal ones."""
 
 
-class MutualChoiceSAE(SAE):
+class MutualChoiceSAE(BatchTopKSAE):
     """BatchTopK with a second auxiliary loss, on latents that are about to die. Chapter `choice`.
 
     Args:
@@ -74,7 +74,6 @@ class MutualChoiceSAE(SAE):
     """
 
     name = "mutual_choice"
-    in_units_of_x = ("b_enc", "b_dec", "threshold")
 
     def __init__(
         self,
@@ -87,30 +86,12 @@ class MutualChoiceSAE(SAE):
         shift: float = 6.8,
         seed: int = 0,
     ):
-        super().__init__(d_in, d_sae, seed)
-        self.k = whole("k", k, most=d_sae, most_name="d_sae")
-        self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
+        super().__init__(d_in, d_sae, k, aux_coeff, seed)
         self.zipf_coeff = positive("zipf_coeff", zipf_coeff, or_zero=True)
         self.exponent = positive("exponent", exponent, or_zero=True)
         self.shift = positive("shift", shift, or_zero=True)
-        directions = unit_dictionary(d_in, d_sae, self.generator)
-        self.W_enc = nn.Parameter(column_major(directions.T))  # (d_in, d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(directions.clone())  # (d_sae, d_in)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.tensor(0.0))
-        self.register_buffer("threshold_weight", torch.tensor(0.0))
         self.register_buffer("density", torch.ones(d_sae))  # nothing is dying until it was seen
         self.register_buffer("density_weight", torch.tensor(0.0))
-
-    @torch.no_grad()
-    def start(self, batch: Batch, tokens: int) -> None:
-        super().start(batch, tokens)
-        if not self.tokens_trained:
-            self.b_dec.copy_(geometric_median(batch.x))
-
-    def select(self, scores: Scores, batch: Batch) -> Code:
-        return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)
 
     @property
     def dying(self) -> Bool[Tensor, " d_sae"]:
@@ -140,14 +121,9 @@ class MutualChoiceSAE(SAE):
     @torch.no_grad()
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
-        self.update_threshold(code)
         fired = torch.bincount(code.cols, minlength=self.d_sae).to(self.density)
         self.density_weight.mul_(DENSITY_MEMORY).add_(1 - DENSITY_MEMORY)
         self.density.lerp_(per_token(fired, len(batch.x)), (1 - DENSITY_MEMORY) / self.density_weight)
-
-    def update_threshold(self, code: Code) -> None:
-        """Move the threshold of evaluation towards this batch's smallest living value."""
-        update_threshold(self, code)
 
 
 class FeatureChoiceSAE(MutualChoiceSAE):

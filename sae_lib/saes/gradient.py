@@ -27,11 +27,12 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lib.data import Batch
 from sae_lib.distributed import gathered, mine, per_token, processes
-from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
+from sae_lib.sae import positive
+from sae_lib.saes.topk import TopKSAE
 from sae_lib.selection import top_of_rows, top_of_rows_by
 from sae_lib.sparse import Code, Scores, linear
 
@@ -48,7 +49,7 @@ WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 WEIGHTS |= {"of other tokens": WEIGHTS["absolute"], "of other latents": WEIGHTS["absolute"]}
 
 
-class GradientSAE(SAE):
+class GradientSAE(TopKSAE):
     """The k latents of each token that are best by activation and gradient. Chapter `gradient`.
 
     Training needs batches with gradients: ``Activations(..., grad=True)``.
@@ -84,18 +85,11 @@ class GradientSAE(SAE):
         aux_coeff: float = 1 / 32,
         seed: int = 0,
     ):
-        super().__init__(d_in, d_sae, seed)
-        self.k = whole("k", k, most=d_sae, most_name="d_sae")
+        super().__init__(d_in, d_sae, k, aux_coeff, seed)
         self.beta = positive("beta", beta, or_zero=True)
         if attribution not in WEIGHTS:
             raise ValueError(f"attribution must be one of {', '.join(WEIGHTS)}, got {attribution!r}")
         self.attribution, self.literal = attribution, bool(literal)
-        self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
-        directions = unit_dictionary(d_in, d_sae, self.generator)
-        self.W_enc = nn.Parameter(column_major(directions.T))  # (d_in, d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(directions.clone())  # (d_sae, d_in)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("mean_size", torch.tensor(1.0))  # s
         self.order = torch.arange(d_sae)
 
@@ -103,7 +97,6 @@ class GradientSAE(SAE):
     def start(self, batch: Batch, tokens: int) -> None:
         super().start(batch, tokens)
         if not self.tokens_trained:
-            self.b_dec.copy_(geometric_median(batch.x))
             self.mean_size.copy_(self.slopes(gradient(batch)).abs_().mean())
 
     def before_step(self, progress: float) -> None:
@@ -130,19 +123,6 @@ class GradientSAE(SAE):
         if not self.literal:
             return code
         return code.map(lambda z: z * (weights if z.ndim == 2 else weights[code.rows, code.cols]))
-
-    def loss(self, batch: Batch) -> Loss:
-        scores = self.scores(batch.x)
-        code = self.select(scores, batch)
-        x_hat = self.decode(code)
-        return Loss(
-            {
-                "reconstruction": squared_error(batch.x, x_hat),
-                "aux": self.aux_coeff * auxk(self, scores, batch.x - x_hat),
-            },
-            code,
-            x_hat,
-        )
 
     @torch.no_grad()
     def weights(self, batch: Batch) -> Float[Tensor, "batch d_sae"]:

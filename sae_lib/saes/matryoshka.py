@@ -21,16 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from sae_lib.data import Batch
-from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
-from sae_lib.saes.batchtopk import update_threshold
-from sae_lib.selection import above, top_of_batch
-from sae_lib.sparse import Code, Scores
+from sae_lib.sae import Loss, auxk, squared_error, whole
+from sae_lib.saes.batchtopk import BatchTopKSAE
 
 
-class MatryoshkaSAE(SAE):
+class MatryoshkaSAE(BatchTopKSAE):
     """BatchTopK whose prefixes reconstruct too. Chapter `matryoshka`.
 
     Args:
@@ -47,7 +44,6 @@ class MatryoshkaSAE(SAE):
     """
 
     name = "matryoshka"
-    in_units_of_x = ("b_enc", "b_dec", "threshold")
 
     def __init__(
         self,
@@ -58,8 +54,7 @@ class MatryoshkaSAE(SAE):
         aux_coeff: float = 1 / 32,
         seed: int = 0,
     ):
-        super().__init__(d_in, d_sae, seed)
-        self.k = whole("k", k, most=d_sae, most_name="d_sae")
+        super().__init__(d_in, d_sae, k, aux_coeff, seed)
         self.group_sizes = (
             default_groups(d_sae) if group_sizes is None else tuple(whole("a group size", g) for g in group_sizes)
         )
@@ -67,23 +62,6 @@ class MatryoshkaSAE(SAE):
             raise ValueError(
                 f"group_sizes must add up to d_sae={d_sae}, got {self.group_sizes} with sum {sum(self.group_sizes)}"
             )
-        self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
-        directions = unit_dictionary(d_in, d_sae, self.generator)
-        self.W_enc = nn.Parameter(column_major(directions.T))  # (d_in, d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(directions.clone())  # (d_sae, d_in)
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.tensor(0.0))
-        self.register_buffer("threshold_weight", torch.tensor(0.0))
-
-    @torch.no_grad()
-    def start(self, batch: Batch, tokens: int) -> None:
-        super().start(batch, tokens)
-        if not self.tokens_trained:
-            self.b_dec.copy_(geometric_median(batch.x))
-
-    def select(self, scores: Scores, batch: Batch) -> Code:
-        return top_of_batch(scores, self.k) if self.training else above(scores, self.threshold)
 
     def loss(self, batch: Batch) -> Loss:
         scores = self.scores(batch.x)
@@ -100,11 +78,6 @@ class MatryoshkaSAE(SAE):
             code,
             x_hat,
         )
-
-    @torch.no_grad()
-    def after_step(self, batch: Batch, code: Code) -> None:
-        super().after_step(batch, code)
-        update_threshold(self, code)
 
 
 def default_groups(d_sae: int) -> tuple[int, ...]:
