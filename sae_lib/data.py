@@ -135,7 +135,7 @@ class PlantedDictionary:
     ``sqrt(correlation) a_i . s + sqrt(1 - correlation) e_i`` is low, with ``a_i`` a random unit vector and s, ``e_i``
     normal. Children correlate through their roots.
 
-    *Magnitudes.* A feature that fires has coefficient ``|1 + spread * normal|``.
+    *Magnitudes.* A feature that fires has coefficient ``|1 + spread * normal|``, over the sample's norm if ``unit``.
 
     Args:
         n_features: number of features, at least 1.
@@ -148,6 +148,7 @@ class PlantedDictionary:
         noise: root mean square norm of the Gaussian noise added to a sample (a feature has norm about 1), at least 0.
         spread: standard deviation of the coefficients, at least 0.
         even: whether directions that do not fit are spread out; if not, they are random.
+        unit: whether every sample is divided by its norm, noise included; an empty one stays zero.
         seed: of the directions and the copula; samples have seeds of their own.
         device: where samples are drawn; the dictionary itself is the same on every device.
 
@@ -177,6 +178,7 @@ class PlantedDictionary:
         noise: float | int = 0.0,
         spread: float | int = 0.25,
         even: bool = True,
+        unit: bool = False,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
@@ -196,8 +198,10 @@ class PlantedDictionary:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
         self.n_features, self.d_in, self.device = n_features, d_in, torch.device(device)
         self.exclusive, self.correlation, self.noise, self.spread = exclusive, correlation, noise, spread
+        self.unit = unit
         self._identity = (n_features, d_in, active, zipf, hierarchy, exclusive, correlation, noise, spread, seed)
         self._identity += () if even else ("random directions",)
+        self._identity += ("unit samples",) if unit else ()
         mean = sum(levels) / len(levels)
         self._of_samples = torch.tensor([level / mean for level in levels], device=self.device)
 
@@ -254,6 +258,10 @@ class PlantedDictionary:
         x = coefficients @ self.directions
         if self.noise:
             x.add_(torch.randn(n, self.d_in, **draw), alpha=self.noise / math.sqrt(self.d_in))
+        if self.unit:
+            norms = x.norm(dim=1, keepdim=True)
+            norms[norms == 0] = 1
+            x, coefficients = x / norms, coefficients / norms
         return x, coefficients
 
     def _fires(self, n: int, draw: dict) -> Bool[Tensor, "n n_features"]:

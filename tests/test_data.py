@@ -195,6 +195,20 @@ def test_random_directions_are_the_same_before_they_are_spread_and_have_a_stream
     assert random.batches(8).fingerprint != even.batches(8).fingerprint
 
 
+def test_unit_samples_are_the_same_samples_over_their_norms_and_empty_ones_stay_empty():
+    arguments = dict(n_features=12, d_in=8, active=1.5, noise=0.0, even=False)
+    (x, truth), (x_unit, truth_unit) = (PlantedDictionary(**arguments, unit=unit).sample(500) for unit in (False, True))
+    norms = x.norm(dim=1)
+    assert (norms == 0).any()
+    assert torch.equal(x_unit[norms == 0], x[norms == 0])
+    assert torch.allclose(x_unit[norms > 0].norm(dim=1), torch.tensor(1.0))
+    assert torch.allclose(x_unit * norms[:, None], x, atol=1e-6)
+    assert torch.allclose(truth_unit @ PlantedDictionary(**arguments).directions, x_unit, atol=1e-6)
+    assert torch.equal(truth_unit > 0, truth > 0)
+    fingerprints = {PlantedDictionary(**arguments, unit=unit).batches(8).fingerprint for unit in (False, True)}
+    assert len(fingerprints) == 2
+
+
 def test_correlation_ties_the_roots_and_nothing_else_does():
     def largest_correlation(**arguments):
         fires = (PlantedDictionary(20, 20, active=6.0, **arguments).sample(20_000)[1] != 0).float()
