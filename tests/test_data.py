@@ -196,7 +196,7 @@ def test_random_directions_are_the_same_before_they_are_spread_and_have_a_stream
 
 
 def test_unit_samples_are_the_same_samples_over_their_norms_and_empty_ones_stay_empty():
-    arguments = dict(n_features=12, d_in=8, active=1.5, noise=0.0, even=False)
+    arguments = {"n_features": 12, "d_in": 8, "active": 1.5, "even": False}
     (x, truth), (x_unit, truth_unit) = (PlantedDictionary(**arguments, unit=unit).sample(500) for unit in (False, True))
     norms = x.norm(dim=1)
     assert (norms == 0).any()

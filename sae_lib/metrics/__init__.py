@@ -14,6 +14,7 @@ from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.first_letter import FirstLetter
 from sae_lib.metrics.main_latents import KSparseProbe, OneVsRest, feature_splits, k_sparse_probe, one_vs_rest
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
+from sae_lib.metrics.matched import matched_mean
 from sae_lib.metrics.ngrams import NGrams
 from sae_lib.metrics.patched import PatchedLoss
 from sae_lib.metrics.polysemanticity import (

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lib.metrics.matched import matched_mean
 from sae_lib.metrics.sparse_probing import PROPERTIES, read
 from sae_lib.models import LanguageModel
 from sae_lib.records import Record
@@ -56,6 +57,7 @@ class Explained(NamedTuple):
         f1: of the label on the tokens that it was not chosen on.
         score: share of the 14 pieces on which label and latent agree.
         never: share of them in which the latent is not active, which the answer "never" would get.
+        frequency: share of all tokens on which the latent lives.
     """
 
     latent: int
@@ -63,6 +65,7 @@ class Explained(NamedTuple):
     f1: float
     score: float
     never: float
+    frequency: float
 
 
 class Half(NamedTuple):
@@ -151,20 +154,23 @@ class Autointerp:
 
         Returns:
             ``autointerp``, the score; ``autointerp_chance``, that of the answer "never"; ``autointerp_f1``, of the
-            labels on tokens that they were not chosen on; ``autointerp_latents``, how many latents were judged.
+            labels on tokens that they were not chosen on; ``autointerp_latents``, how many latents were judged;
+            ``autointerp_matched``, the score by `matched_mean`, for SAEs whose latents fire more or less often.
         """
         explained = self.explained(sae)
         means = {
             key: float(np.mean([getattr(latent, name) for latent in explained])) if explained else float("nan")
             for key, name in {"autointerp": "score", "autointerp_chance": "never", "autointerp_f1": "f1"}.items()
         }
-        return means | {"autointerp_latents": len(explained)}
+        score, frequency = (torch.tensor([getattr(one, name) for one in explained]) for name in ("score", "frequency"))
+        return means | {"autointerp_latents": len(explained), "autointerp_matched": matched_mean(score, frequency)}
 
     def explained(self, sae: SAE) -> list[Explained]:
         """Each judged latent with its label; latents without enough middling tokens are left out."""
         generator = np.random.default_rng(self.seed)
         codes = [sparse_code(sae, part.x) for part in (self.explain, self.detect)]
-        living = np.flatnonzero(sum(np.diff(code.indptr) for code in codes) > LEAST)
+        lives = sum(np.diff(code.indptr) for code in codes)
+        living = np.flatnonzero(lives > LEAST)
         chosen = np.sort(generator.permutation(living)[: self.latents])
         if not len(chosen):
             return []
@@ -188,6 +194,7 @@ class Autointerp:
                     2 * len(np.intersect1d(active, labelled)) / (len(active) + len(labelled)),
                     float((truth == said).mean()),
                     float(1 - truth.mean()),
+                    lives[latent] / sum(code.shape[0] for code in codes),
                 )
             )
         return found

@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from sae_lib.metrics.attribution import evaluating, windows
+from sae_lib.metrics.matched import matched_mean
 from sae_lib.metrics.reconstruction import kl
 from sae_lib.models import LanguageModel, Tokens
 from sae_lib.sae import SAE, positive, whole
@@ -55,6 +56,7 @@ class Steered(NamedTuple):
         rise: of the target's logit, by the latent's direction.
         random_rise: of the same target's logit, by random directions: their mean.
         success: share of the random directions that raise the target less.
+        frequencies: share of the tokens on which each fires, in the texts in which targets are chosen.
     """
 
     latents: Int[Tensor, " n"]
@@ -63,6 +65,7 @@ class Steered(NamedTuple):
     rise: Float[Tensor, " n"]
     random_rise: Float[Tensor, " n"]
     success: Float[Tensor, " n"]
+    frequencies: Float[Tensor, " n"]
 
 
 class Steering:
@@ -112,7 +115,9 @@ class Steering:
             ``steering_kl``, ``steering_random_kl`` in nats and their quotient ``steering_kl_ratio``, 1 if latents move
             the model as random directions do; ``steering_rise``, ``steering_random_rise`` of the same targets, in
             logits; ``steering_success``, the share of latents whose target rises more by the latent's direction than
-            by a random one, over all random ones, 1/2 by chance; ``steering_latents``, how many latents there were.
+            by a random one, over all random ones, 1/2 by chance; ``steering_latents``, how many latents there were;
+            ``steering_kl_matched`` and ``steering_rise_matched``, by `matched_mean`, for SAEs whose latents fire more
+            or less often than another's.
         """
         found = self.of_latents(sae)
         moved, moved_by_chance = found.kl.mean().item(), self.random_kl.mean().item()
@@ -124,6 +129,8 @@ class Steering:
             "steering_random_kl": moved_by_chance,
             "steering_random_rise": found.random_rise.mean().item(),
             "steering_latents": len(found.latents),
+            "steering_kl_matched": matched_mean(found.kl, found.frequencies),
+            "steering_rise_matched": matched_mean(found.rise, found.frequencies),
         }
 
     @torch.no_grad()
@@ -133,21 +140,23 @@ class Steering:
         Raises:
             ValueError: if no latent fires in at least four of the texts.
         """
-        latents, examples = self._sample(sae)
+        latents, frequencies, examples = self._sample(sae)
         targets = self._targets(sae, latents, *examples)
         divergence, rises = self._steer(sae.W_dec[latents])
         rise, by_chance = rises.gather(1, targets[:, None]).squeeze(1), self.random_rises[:, targets]
         success = (by_chance < rise).float().mean(0)
-        return Steered(latents, targets, divergence, rise, by_chance.mean(0), success)
+        return Steered(latents, targets, divergence, rise, by_chance.mean(0), success, frequencies)
 
-    def _sample(self, sae: SAE) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Living latents, in an order drawn from the seed, and text, place and value of each one's examples."""
+    def _sample(self, sae: SAE) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Living latents, in an order drawn from the seed, how often they fire; examples: text, place and value."""
         content = self.model.content(self.own)
         strongest = []  # of each text and latent: value and place
+        fired = torch.zeros(sae.d_sae, device=self.x.device)
         with evaluating(sae):
             for x, counted in zip(self.x.split(32), content.split(32), strict=True):
-                z = sae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-                strongest.append((z * counted[..., None]).max(1))
+                z = sae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]) * counted[..., None]
+                strongest.append(z.max(1))
+                fired += (z > 0).sum((0, 1))
         best, places = (torch.cat(parts) for parts in zip(*strongest, strict=True))
         order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(self.seed)).to(best.device)
         latents = order[((best > 0).sum(0) >= EXAMPLES)[order]][: self.latents]
@@ -157,7 +166,7 @@ class Steering:
                 f"{sae.d_sae} that does; is the SAE trained for {self.site!r}?"
             )
         values, rows = best[:, latents].topk(EXAMPLES, dim=0)
-        return latents, (rows.T, places[rows, latents].T, values.T)
+        return latents, fired[latents] / content.sum(), (rows.T, places[rows, latents].T, values.T)
 
     def _targets(self, sae: SAE, latents: Tensor, rows: Tensor, places: Tensor, values: Tensor) -> Int[Tensor, " n"]:
         """Of each latent the token whose probability falls most when it is zeroed where it fires; examples' mean."""
