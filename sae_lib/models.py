@@ -13,7 +13,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -278,23 +278,34 @@ class LanguageModel:
 
     # Running the model
 
-    def _run(self, ids: Tensor, site: str | None = None, hook: Callable | None = None) -> Tensor:
-        """Logits, with at most one hook. Padding needs no mask: it stands on the right, and no token looks ahead."""
-        hooks = [] if hook is None else [(site, hook)]
-        return self.bridge.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits")
+    def _run(self, ids: Tensor, *hooks: tuple[str, Callable]) -> Tensor:
+        """Logits, with hooks at sites. Padding needs no mask: it stands on the right, and no token looks ahead."""
+        return self.bridge.run_with_hooks(ids, fwd_hooks=list(hooks), return_type="logits")
 
-    def activations(self, tokens: Tokens | Tensor, site: str) -> Float[Tensor, "batch pos d_in"]:
-        """Activations at a site, all positions; `content` tells which are text. Nothing after the site is computed."""
-        self.width(site)
-        seen = []
+    def activations(
+        self, tokens: Tokens | Tensor, site: str | Sequence[str]
+    ) -> Float[Tensor, "batch pos d_in"] | tuple[Float[Tensor, "batch pos _"], ...]:
+        """Activations at a site, all positions; `content` tells which are text. Nothing after the site is computed.
 
-        def stop(activation: Tensor, hook: Any) -> None:
-            seen.append(activation.detach().flatten(2))
-            raise SiteReached
+        Several sites are read in one forward pass: a tuple, in their order.
+        """
+        sites, seen = {site} if isinstance(site, str) else set(site), {}
+        for name in sites:
+            self.width(name)
+
+        def keep(activation: Tensor, hook: Any, name: str) -> None:
+            seen[name] = activation.detach().flatten(2)
+            if len(seen) == len(sites):
+                raise SiteReached
 
         with suppress(SiteReached):
-            self._run(self._checked(tokens).ids, site, stop)
-        return seen[0]
+            self._run(self._checked(tokens).ids, *((name, partial(keep, name=name)) for name in sites))
+        return seen[site] if isinstance(site, str) else tuple(seen[name] for name in site)
+
+    def mlp_weights(self, layer: int, name: str) -> Float[Tensor, "d_mlp d_model"] | None:
+        """What neurons read by ("in", and "gate" of a gated MLP, else None) or write by ("out"), one row a neuron."""
+        weights = getattr(self.bridge.blocks[layer].mlp, f"W_{name}")
+        return weights if weights is None or name == "out" else weights.T
 
     def logits(
         self, tokens: Tokens | Tensor, site: str | None = None, patch: Callable[[Tensor], Tensor] | None = None
@@ -324,7 +335,7 @@ class LanguageModel:
                 raise ValueError(f"patch must keep the shape {tuple(x.shape)}, got {tuple(replaced.shape)}")
             return replaced.to(activation.dtype).view_as(activation)
 
-        return self._run(tokens.ids, site, replace)
+        return self._run(tokens.ids, (site, replace))
 
     def loss(
         self,

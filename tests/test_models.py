@@ -86,6 +86,22 @@ def test_mlp_activations_are_what_the_last_mlp_matrix_reads(pair):
     assert torch.allclose(model.activations(ids, "blocks.1.mlp.hook_post"), seen[0], atol=1e-5)
 
 
+def test_several_sites_are_read_in_one_pass_in_the_order_asked_for(pair):
+    model, _ = pair
+    ids, calls = model.tokenize(TEXTS[1]).ids, []
+    sites = ("blocks.1.mlp.out.hook_in", "blocks.0.hook_resid_post", "blocks.1.mlp.hook_in")
+    handle = model.bridge.blocks[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    late = model.bridge.unembed.register_forward_pre_hook(lambda module, args: calls.append(2))
+    together = model.activations(ids, sites)
+    assert calls == [1]
+    handle.remove()
+    late.remove()
+    for site, x in zip(sites, together, strict=True):
+        assert torch.equal(x, model.activations(ids, site))
+    with pytest.raises(ValueError, match="got 'blocks.9.mlp'"):
+        model.activations(ids, (*sites, "blocks.9.mlp"))
+
+
 def test_gradients_agree_with_finite_differences():
     model = load_model(tiny_gpt2(), device="cpu", dtype=torch.float64)
     tokens, site, step = model.tokenize(TEXTS), "blocks.0.hook_resid_post", 1e-5
