@@ -60,7 +60,7 @@ class GBASAE(SAE):
         seed: of the initial weights.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or the first batch of a training has fewer tokens than groups.
     """
 
     name = "gba"
@@ -112,6 +112,11 @@ class GBASAE(SAE):
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
         super().start(batch, tokens)
+        if count(len(batch.x)) < self.groups:
+            raise ValueError(
+                f"a batch must have at least as many tokens as there are groups, or it cannot tell their targets apart, "
+                f"got {count(len(batch.x))} for groups={self.groups}; enlarge the batch or lower groups"
+            )
         if self.center and not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
 

@@ -140,6 +140,15 @@ def test_no_latent_fires_much_more_often_than_its_target_after_training_and_none
     assert share[:20].mean() > 2 * share[20:].mean()
 
 
+def test_a_batch_smaller_than_the_number_of_groups_is_refused_before_anything_is_learnt():
+    sae, x = GBASAE(4, 8, groups=5), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    before = sae.W_dec.detach().clone()
+    with pytest.raises(ValueError, match="as many tokens as there are groups.*got 4 for groups=5; enlarge the batch"):
+        train(sae, [Batch(x[:4])] * 3, tokens=12)
+    assert torch.equal(sae.W_dec, before)
+    train(sae, [Batch(x)] * 3, tokens=15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
