@@ -16,9 +16,9 @@ from sae_lib.sae import column_major
 
 D_IN, D_SAE, K = 6, 64, 3  # few enough live for the sparse engine
 EXAMPLES = {
-    "relu": [{"l1_coeff": 0.1}, {"l1_coeff": 0.1, "norm_weighted": True}],
+    "relu": [{"l1_coeff": 0.1}, {"l1_coeff": 0.1, "norm_weighted": True}, {"l1_coeff": 0.1, "embedding_coeff": 0.02}],
     "gated": [{"l1_coeff": 0.1}],
-    "topk": [{"k": K}],
+    "topk": [{"k": K}, {"k": K, "embedding_coeff": 0.02}],
     "jumprelu": [{"target_l0": 3.0}, {"l0_coeff": 0.01}],
     "batchtopk": [{"k": K}],
     "matryoshka": [{"k": K, "group_sizes": [8, 16, 40]}],
@@ -26,7 +26,7 @@ EXAMPLES = {
     "mutual_choice": [{"k": K}],
     "feature_choice": [{"k": K}, {"k": K, "budgets": "uniform"}],
     "atm": [{"l1_coeff": 0.1}, {"l1_coeff": 0.1, "rate": 0.2, "weights": [1.0, 0.0, 2.0], "eval_mask": "expected"}],
-    "gba": [{"adapt_every": 2}, {"htf": 0.3, "groups": 1, "adapt_every": 3}],
+    "gba": [{"adapt_every": 2, "groups": 3}, {"htf": 0.3, "groups": 1, "adapt_every": 3}],
 }
 CASES = [(name, arguments) for name, cases in EXAMPLES.items() for arguments in cases]
 each_variant = pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: str(value))

@@ -114,8 +114,8 @@ class GBASAE(SAE):
         super().start(batch, tokens)
         if count(len(batch.x)) < self.groups:
             raise ValueError(
-                f"a batch must have at least as many tokens as there are groups, or it cannot tell their targets apart, "
-                f"got {count(len(batch.x))} for groups={self.groups}; enlarge the batch or lower groups"
+                f"a batch must have at least as many tokens as there are groups, got {count(len(batch.x))} for "
+                f"groups={self.groups}; enlarge the batch or lower groups"
             )
         if self.center and not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
