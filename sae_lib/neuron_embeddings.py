@@ -11,8 +11,7 @@ comes near its maximum, each seen at its *key token*, where it is most active.
 
 **Differences from the paper**, all of whose nine pages were available, but no code of the method: ``h`` is read after
 the norm before the MLP, with nothing folded into the weights (the paper does not say where); for a latent ``h`` is
-the SAE's input without ``b_dec`` subtracted; maxima are those of the texts that examples come from, not of a larger
-data set; one example a text.
+the SAE's input without ``b_dec`` subtracted; maxima are of the same texts, not of a larger set; one example a text.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ def collect(units: Units, texts: Iterable[str | Record], threshold: float | int 
     best = torch.empty(len(rows), len(units))
     where = torch.empty(len(rows), len(units), dtype=torch.int32)
     active = torch.zeros(len(units), dtype=torch.int64)
-    for documents, tokens in _passes(model, rows, range(len(rows)), "examples"):
+    for documents, tokens in passes(model, rows, range(len(rows)), "examples"):
         a = units.activations(tokens)[1].float()
         a = a.masked_fill(~model.content(tokens)[..., None], -torch.inf)
         value, position = a.max(1)
@@ -201,7 +200,7 @@ def collect(units: Units, texts: Iterable[str | Record], threshold: float | int 
     found, place = (document * longest + position).unique(return_inverse=True)
     h = torch.empty(len(found), units.weights.shape[1])
     of_place, at = found // longest, found % longest
-    for documents, tokens in _passes(model, rows, of_place.unique().tolist(), "inputs of examples"):
+    for documents, tokens in passes(model, rows, of_place.unique().tolist(), "inputs of examples"):
         x = model.activations(tokens, units.site).float().cpu()
         for row, number in enumerate(documents):
             start, end = torch.searchsorted(of_place, torch.tensor([number, number + 1])).tolist()
@@ -224,7 +223,7 @@ def collect(units: Units, texts: Iterable[str | Record], threshold: float | int 
     )
 
 
-def _passes(
+def passes(
     model: LanguageModel, rows: Sequence[Sequence[int]], documents: Iterable[int], what: str
 ) -> Iterator[tuple[list[int], Tokens]]:
     """Forward passes over texts, those of like length together: their numbers, and their tokens."""
@@ -388,11 +387,14 @@ def importance(units: Units, unit: int, ids: Sequence[int], position: int) -> Fl
         ValueError: if the text has no such position.
     """
     whole("position", position, least=0, most=len(ids) - 1, most_name="tokens - 1")
-    model, text = units.model, list(ids[: position + 1])
-    padding = model.tokenizer.pad_token_id
-    padding = model.bos if padding is None else padding
-    rows = [text, *([*text[:t], padding, *text[t + 1 :]] for t in range(len(text)))]
+    rows = replaced(units.model, ids[: position + 1], range(position + 1))
     values = torch.empty(len(rows))
-    for numbers, tokens in _passes(model, rows, range(len(rows)), "importance"):
+    for numbers, tokens in passes(units.model, rows, range(len(rows)), "importance"):
         values[numbers] = units.activations(tokens)[1][:, -1, unit].float().cpu()
     return values[0] - values[1:]
+
+
+def replaced(model: LanguageModel, ids: Sequence[int], places: Iterable[int]) -> list[list[int]]:
+    """The text, then the text with a padding token in place of each of the given tokens."""
+    padding = model.bos if (token := model.tokenizer.pad_token_id) is None else token
+    return [list(ids), *([*ids[:t], padding, *ids[t + 1 :]] for t in places)]
