@@ -1,6 +1,8 @@
 """A page is one file: hostile tokens stay text, the same data give the same bytes, nothing else is replaced."""
 
+import base64
 import gzip
+import hashlib
 import html.parser
 import json
 
@@ -56,10 +58,11 @@ def template(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "explorer.html").write_text(
         "<!doctype html><meta charset=utf-8><title>{{title}}</title>\n<style>{{style}}</style>\n"
-        "<main></main>\n{{data}}\n<script>{{script}}</script>\n"
+        "<main></main>\n{{data}}\n<script>{{script}}</script>\n<!-- '{{style_hash}}' '{{script_hash}}' -->"
     )
     (folder / "explorer.css").write_text("main { color: red }")
-    (folder / "explorer.js").write_text('"use strict"; // {{title}} is no marker here')
+    for number, name in enumerate(page_module.SCRIPTS):
+        (folder / name).write_text(f'"use strict"; // {{{{title}}}} is no marker in file {number}')
     monkeypatch.setattr(page_module, "FOLDER", folder)
 
 
@@ -81,7 +84,12 @@ def test_a_page_holds_its_data_and_nothing_is_fetched(template):
     assert json.loads(read.scripts["explorer-index"]) == index
     assert {name: unpacked(read.scripts[name]) for name in parts} == parts
     assert "main { color: red }" in made
-    assert '"use strict"; // {{title}} is no marker here' in made
+    script = "\n".join(
+        f'"use strict"; // {{{{title}}}} is no marker in file {i}' for i in range(len(page_module.SCRIPTS))
+    )
+    assert read.scripts[None] == script
+    for text in ("main { color: red }", script):
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in made
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)

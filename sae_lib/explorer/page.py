@@ -2,7 +2,7 @@
 
 What the file holds, in this order: the template's own few lines, ``explorer.css``, the *index* as plain JSON (names,
 token texts, one number a unit for each measure), the *parts* (`PART_UNITS` units each, and the texts), and
-``explorer.js``. A part is JSON, compressed by gzip and written in base64: a browser opens it when one of its units is
+the scripts. A part is JSON, compressed by gzip and written in base64: a browser opens it when one of its units is
 first shown, so that a page of many units still opens at once. The same data give the same bytes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,8 +20,12 @@ from pathlib import Path
 from sae_lib.pocket.provenance import write_bytes
 
 FOLDER = Path(__file__).parent
+VERSION = 1
+"""Of the data's shape."""
 PART_UNITS = 32
 """Consecutive units of a set in one part."""
+SCRIPTS = ("data.js", "drawings.js", "pane.js", "explorer.js")
+"""Joined in this order: each uses names of those before it."""
 MOST_BYTES = 15_000_000
 """Largest page that is written: what a browser opens from disk without effort."""
 SIGN = b'id="explorer-index"'
@@ -44,14 +49,18 @@ def page(index: Mapping, parts: Mapping[str, object]) -> str:
     data = [f'<script type="application/json" id="explorer-index">{inert(as_json(index))}</script>']
     for name in named:
         data.append(f'<script type="application/octet-stream" id="{escape(name)}">{packed(parts[name])}</script>')
+    style = (FOLDER / "explorer.css").read_text(encoding="utf-8")
+    script = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
     fills = {
         "title": escape(index["title"]).encode("ascii", "xmlcharrefreplace").decode(),
-        "style": (FOLDER / "explorer.css").read_text(encoding="utf-8"),
-        "script": (FOLDER / "explorer.js").read_text(encoding="utf-8"),
+        "style": style,
+        "script": script,
+        "style_hash": fingerprint(style),
+        "script_hash": fingerprint(script),
         "data": "\n".join(data),
     }
     template = (FOLDER / "explorer.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(title|style|script|data)\}\}", lambda marker: fills[marker[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda marker: fills[marker[1]], template)
 
 
 def write(html: str, path: str | Path, most: int = MOST_BYTES) -> Path:
@@ -97,6 +106,11 @@ def as_json(content: object) -> str:
         return json.dumps(content, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
         raise ValueError("numbers of a page must be finite; write None where a value is undefined") from error
+
+
+def fingerprint(text: str) -> str:
+    """What a page's Content-Security-Policy names its own style and script by, so that no other is applied or run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def inert(text: str) -> str:
