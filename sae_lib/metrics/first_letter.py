@@ -81,6 +81,22 @@ class Letter(NamedTuple):
     f1: float
 
 
+class Absorber(NamedTuple):
+    """A latent that writes a letter while the letter's main latents are silent.
+
+    Attributes:
+        letter: which.
+        main: the letter's best latent.
+        latent: the one that stands in for it.
+        share: of the letter's words, on how many it does.
+    """
+
+    letter: str
+    main: int
+    latent: int
+    share: float
+
+
 class FirstLetter:
     """The first-letter task on a model and a site: prepared once, then called on each SAE.
 
@@ -216,6 +232,19 @@ class FirstLetter:
                 report |= {f"absorption_fraction_{band}": fraction, f"absorption_full_{band}": full}
         counts = {"letters": len(self.letters), "letters_at_zero": self.letters_at_zero, "words": self.words}
         return report | counts
+
+    @torch.no_grad()
+    def absorbers(self, sae: SAE) -> list[Absorber]:
+        """Which latents stand in for main ones: the words of `full_absorption`, told apart by who writes the letter."""
+        z, found = self._code(sae, self._x), []
+        for letter in self._main(sae, z):
+            given = self._x[letter.rows], z[letter.rows], sae.W_dec, self._directions[letter.number], letter.main
+            absorbed = letter.rows[full_absorption(*given)]
+            written = z[absorbed] * (sae.W_dec @ self._directions[letter.number])
+            for latent, words in sorted(Counter(written.argmax(1).tolist()).items()):
+                share = words / len(letter.rows)
+                found.append(Absorber(self.letters[letter.number], int(letter.main[0]), latent, share))
+        return found
 
     def by_ablation(self, sae: SAE, most: int = 200) -> dict[str, float | int]:
         """The original rate, which asks the model whether its answer depends on one other latent.
