@@ -136,24 +136,23 @@ async function allPlaces(set, report) {
 // Units with windows that hold the text, those with most of them first: Map unit -> { count, example }.
 async function searchText(set, query, report) {
   const wanted = query.toLowerCase();
-  const found = new Map(); // document -> tokens at which the text begins
+  const found = new Map(); // document -> first and last token of each place that holds the text
   (await documents()).forEach((ids, number) => {
-    const words = ids.map((id) => index.vocab[id].toLowerCase());
-    const text = words.join("");
+    const words = ids.map((id) => index.vocab[id].toLowerCase()), text = words.join("");
     let place = text.indexOf(wanted);
     if (place < 0) return;
-    const begins = [];
-    for (let token = 0, end = 0; token < words.length && place >= 0; token++) {
-      end += words[token].length;
-      if (place < end) begins.push(token);
-      while (place >= 0 && place < end) place = text.indexOf(wanted, place + 1);
+    const ends = [];
+    words.reduce((end, word) => (ends.push(end + word.length), end + word.length), 0);
+    const tokenAt = (character) => ends.findIndex((end) => character < end);
+    found.set(number, []);
+    for (; place >= 0; place = text.indexOf(wanted, place + 1)) {
+      found.get(number).push([tokenAt(place), tokenAt(place + wanted.length - 1)]);
     }
-    found.set(number, begins);
   });
   const units = [];
   (await allPlaces(set, report)).forEach((examples, unit) => {
     const held = ([document, position]) =>
-      found.get(document)?.some((token) => token >= position - BACK && token <= position + AHEAD);
+      found.get(document)?.some(([first, last]) => first >= position - BACK && last <= position + AHEAD);
     const count = examples.filter(held).length;
     if (count) units.push([unit, { count, example: examples.findIndex(held) }]);
   });
@@ -170,9 +169,7 @@ function visible(text) {
     const code = sign.codePointAt(0);
     if (sign === "\n") return "↵";
     if (sign === "\t") return "⇥";
-    if (code < 32) return String.fromCodePoint(0x2400 + code);
-    if (code === 127) return "␡";
-    return `⟨${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+    return `⟨${code.toString(16).toUpperCase().padStart(2, "0")}⟩`;
   });
 }
 
@@ -182,7 +179,10 @@ function visibleToken(text) {
   return visible(text).replace(/^ +| +$/g, spaces) || "(empty)";
 }
 
-const quoted = (text) => `“${visible(text).trim() || visibleToken(text)}”`;
+// A token as a word among others.
+const wordOf = (text) => visible(text).trim() || visibleToken(text);
+
+const quoted = (text) => `“${wordOf(text)}”`;
 
 function rounded(value, digits = 2) {
   if (value === null || value === undefined) return "–";

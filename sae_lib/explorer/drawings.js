@@ -68,7 +68,7 @@ class Tree {
     this.branches = draw("g", { class: "branches", "aria-hidden": "true" });
     this.line = draw("line", {});
     this.label = draw("text", { "text-anchor": "middle", dy: "0.35em" });
-    this.grip = draw("rect", { class: "grip", rx: 10, height: 20, width: 46, y: -10 });
+    this.grip = draw("rect", { class: "grip", rx: 11, height: 22, width: 52, y: -11 });
     this.reach = draw("rect", { class: "reach", height: 32, y: -16 });
     this.handle = draw(
       "g", { class: "cut", role: "slider", tabindex: 0, "aria-label": name, "aria-orientation": "vertical" },
@@ -117,7 +117,7 @@ class Tree {
   // Distances of a unit fill the drawing; the cut moves in about a hundred round steps.
   show({ tree, order, cut, usual, clusters, labels, selected }) {
     const width = this.svg.clientWidth || 300, height = this.svg.clientHeight || 160;
-    const left = 34, right = 54;
+    const left = 34, right = 60;
     const wide = Math.max(50, width - left - right);
     Object.assign(this, { above: 12, tall: height - 12 - 18 });
     const highest = Math.max(tree.at(-1)?.[2] ?? 0, usual) * 1.04;
@@ -166,8 +166,8 @@ class Tree {
     filled(this.reach, { x: left, width: wide + right }, []);
     filled(this.line, { x1: left, x2: left + wide + 4 }, []);
     this.grip.setAttribute("x", left + wide + 4);
-    this.label.setAttribute("x", left + wide + 27);
-    this.label.textContent = String(cut);
+    this.label.setAttribute("x", left + wide + 30);
+    this.label.textContent = `↕ ${cut}`;
     filled(this.handle, {
       "aria-valuemin": 0, "aria-valuemax": this.top, "aria-valuenow": cut,
       "aria-valuetext": `${cut}: ${counted(clusters.length, "cluster")}`,
@@ -197,10 +197,10 @@ class ExampleMap {
   }
 
   show({ places, labels, selected, central }) {
-    const width = this.svg.clientWidth || 200, height = this.svg.clientHeight || 200, edge = 14;
-    this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    const side = this.svg.clientWidth || 200, edge = 14;
+    this.svg.setAttribute("viewBox", `0 0 ${side} ${side}`);
     Object.assign(this, { central, aimed: null });
-    this.places = places.map(([x, y]) => [edge + x * (width - 2 * edge), edge + (1 - y) * (height - 2 * edge)]);
+    this.places = places.map(([x, y]) => [edge + x * (side - 2 * edge), edge + (1 - y) * (side - 2 * edge)]);
     const marks = this.places.map(([x, y], example) => {
       const { class: look, d } = signOf(labels[example]);
       const chosen = labels[example] === selected, size = example === central ? 7 : chosen ? 5 : 4;
@@ -265,11 +265,14 @@ function drawHistogram(svg, { edges, counts }, from) {
 
 // A window's tokens, each with its strength in [0, 1] for the colour and what is told of it.
 function tokenSpans(words, strengths, told, key) {
-  return words.map((word, i) => {
+  return words.flatMap((word, i) => {
     const look = [strengths[i] > 0 ? "on" : "", i === key ? "key" : i > key ? "later" : ""].join(" ").trim();
-    const span = make("span", { class: look || false, "data-told": told[i] }, visible(word));
+    const space = word.startsWith(" ") && word.trim() ? " " : ""; // a space before a word has no colour
+    const shown = word.slice(space.length);
+    const span = make("span", { class: look || false, "data-told": told[i] }, visible(shown));
+    span.dataset.token = visibleToken(word);
     if (strengths[i] > 0) span.style.setProperty("--strength", strengths[i].toFixed(3));
-    return span;
+    return i === 0 ? [span] : [space, span];
   });
 }
 
@@ -282,7 +285,7 @@ function tellTokens(list, say) {
   const tell = (span) => {
     clear();
     span.classList.add("here");
-    tip.show(span, visibleToken(span.textContent), span.dataset.told);
+    tip.show(span, span.dataset.token, span.dataset.told);
   };
   const under = ({ target }) => target.closest("[data-told]");
   list.addEventListener("pointerover", (event) => under(event) ? tell(under(event)) : clear());
@@ -292,7 +295,7 @@ function tellTokens(list, say) {
     if (!span) return;
     span.closest("[tabindex]").focus({ preventScroll: true });
     tell(span);
-    say(`${visibleToken(span.textContent)}: ${span.dataset.told}`);
+    say(`${span.dataset.token}: ${span.dataset.told}`);
   });
   list.addEventListener("focusout", clear);
   list.addEventListener("keydown", (event) => {
@@ -304,7 +307,7 @@ function tellTokens(list, say) {
       const next = now < 0 ? spans.findIndex((each) => each.classList.contains("key")) : now + step;
       if (!spans[next]) return event.preventDefault();
       tell(spans[next]);
-      say(`${visibleToken(spans[next].textContent)}: ${spans[next].dataset.told}`);
+      say(`${spans[next].dataset.token}: ${spans[next].dataset.told}`);
     } else if (["ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
       const texts = [...list.querySelectorAll(".text")], at = texts.indexOf(text);
       const to = { ArrowUp: at - 1, ArrowDown: at + 1, Home: 0, End: texts.length - 1 }[event.key];

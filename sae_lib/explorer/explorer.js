@@ -117,7 +117,7 @@ async function render() {
   markCurrent();
 }
 
-// The set that the finder speaks of.
+// The set that the finder speaks of; of two side by side, the one that was touched last.
 function takeUp(number) {
   view.set = number;
   panes.forEach((pane, each) => pane.root.classList.toggle("current", each === number));
@@ -191,6 +191,8 @@ const statusOf = ({ examples, frequency }, unit) => (examples[unit] ? "shown" : 
 function showRows() {
   byId("list").replaceChildren(...finder.units.slice(0, finder.rows).map(rowOf));
   const left = finder.units.length - finder.rows;
+  const sort = byId("sort").value;
+  byId("measure").textContent = SORTS.find(([name]) => name === (sort === "number" ? "mean_distance" : sort))[1];
   byId("more").hidden = left <= 0;
   byId("more").textContent = `Show ${Math.min(left, 4 * ROWS)} more of ${left.toLocaleString("en")}`;
   markCurrent();
@@ -198,17 +200,17 @@ function showRows() {
 
 function rowOf(unit) {
   const { summary, keys } = set(), found = finder.found?.get(unit);
-  const sort = byId("sort").value, named = ["number", "mean_distance"].includes(sort) ? "mean_distance" : sort;
+  const named = byId("sort").value === "number" ? "mean_distance" : byId("sort").value;
   const value = summary[named][unit];
   const status = statusOf(summary, unit);
   const text = status !== "shown" ? status : named === "frequency" ? percent(value) : rounded(value, Number.isInteger(value) && named !== "maximum" ? 0 : 2);
   const bar = make("i", { "aria-hidden": "true" });
   if (status === "shown" && value !== null) bar.style.setProperty("--share", shareBelow(set(), named, value).toFixed(3));
   const place = found?.example === undefined ? { unit } : { unit, example: found.example };
-  const words = found?.count ? [`${counted(found.count, "text")}`] : (keys?.[unit] ?? []).map((id) => chip(index.vocab[id]));
+  const words = found?.count ? counted(found.count, "text") : (keys?.[unit] ?? []).map((id) => wordOf(index.vocab[id])).join(", ");
   return make(
     "li", { "data-unit": unit },
-    panes[view.set].link(view.set, place, make("b", {}, String(unit)), make("span", { class: "words" }, words), bar, make("span", { class: "value" }, text)),
+    panes[view.set].link(view.set, place, make("b", {}, String(unit)), make("bdi", { class: "words" }, words), bar, make("span", { class: "value" }, text)),
   );
 }
 
@@ -331,6 +333,8 @@ function setUp() {
     await render();
     write(false);
   });
+
+  panes.forEach((pane, number) => pane.root.addEventListener("focusin", () => takeUp(number)));
 
   byId("by-number").addEventListener("submit", (event) => {
     event.preventDefault();

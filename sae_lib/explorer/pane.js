@@ -1,6 +1,6 @@
 // One unit on show: its clusters, texts, tree, map and measures.
 
-const FIRST = 20; // windows of a cluster shown at first
+const FIRST = 10; // windows of a cluster shown at first
 const ABOUT = {
   mean_distance: ["Polysemanticity", "mean cosine distance between two of its examples; 0 if all are alike"],
   max_distance: ["Largest distance", "between the two examples least alike"],
@@ -40,7 +40,7 @@ class Pane {
     this.find(".usual").addEventListener("click", () => this.moveCut(this.set.threshold, true));
     this.find(".usual").textContent = `cut at ${this.set.threshold}`;
     this.find(".options").addEventListener("change", () => this.showWindows());
-    this.find(".reading > .more").addEventListener("click", () => this.showMore());
+    this.find(".panel > .more").addEventListener("click", () => this.showMore());
     this.find(".tabs").addEventListener("click", ({ target }) => {
       const tab = target.closest("[role=tab]");
       if (tab) this.choose(Number(tab.dataset.cluster));
@@ -89,8 +89,10 @@ class Pane {
     this.find(".none").textContent = frequency
       ? `No examples: it is active on ${percent(frequency)} of the tokens, but on no text as strongly as an example must be.`
       : `No examples: this ${noun} is dead, it was never active on the tokens that were read.`;
+    const mixed = this.summary.mean_distance;
+    const compared = mixed === null ? "" : `, above ${shareOfUnits(this.set, "mean_distance", mixed)}`;
     this.find(".summary").textContent = parted
-      ? `Active on ${percent(frequency)} of tokens, up to ${rounded(maximum)}. ${counted(examples, "example")}.`
+      ? `Active on ${percent(frequency)} of tokens, up to ${rounded(maximum)}. ${counted(examples, "example")}; polysemanticity ${rounded(mixed)}${compared}.`
       : "";
     this.keys = unit.examples.map(([document, position]) => index.vocab[texts[document][position]]);
     this.distances = distancesOf(unit, largest ?? 0);
@@ -150,7 +152,7 @@ class Pane {
           "aria-controls": `panel-${this.number}`, "aria-selected": "false",
           "aria-label": `Cluster ${cluster}: ${counted(members.length, "example")}, mostly ${quoted(mostly)}`,
         },
-        sign(cluster), make("bdi", {}, visible(mostly).trim() || visibleToken(mostly)), make("small", {}, String(members.length)),
+        sign(cluster), make("bdi", {}, wordOf(mostly)), make("small", {}, String(members.length)),
       );
     });
     this.find(".tabs").replaceChildren(...tabs);
@@ -251,7 +253,7 @@ class Pane {
   showMore() {
     const list = this.find(".windows"), from = list.children.length;
     list.append(...this.waiting.splice(0, FIRST).map((window) => window()));
-    const left = this.waiting.length, button = this.find(".reading > .more");
+    const left = this.waiting.length, button = this.find(".panel > .more");
     button.hidden = !left;
     button.textContent = `Show ${Math.min(left, FIRST)} more of ${left}`;
     const next = list.children[from]?.querySelector(".text");
@@ -302,11 +304,12 @@ class Pane {
       const below = value === null ? null : shareBelow(this.set, name, value);
       const track = make("span", { class: "track", "aria-hidden": "true" }, make("i"));
       if (below !== null) track.firstChild.style.insetInlineStart = `${(100 * below).toFixed(1)}%`;
-      const told = below === null ? "undefined here" : `above ${Math.round(100 * below)} % of the ${nounOf(this.set)}s`;
+      const told = below === null ? "undefined here" : `above ${shareOfUnits(this.set, name, value)}`;
       return make(
         "div", {},
-        make("dt", {}, title, make("small", {}, meaning)),
+        make("dt", {}, title),
         make("dd", { "data-name": name, "data-value": value ?? "" }, make("b", {}, text), below === null ? null : track, make("small", {}, told)),
+        make("dd", {}, make("small", {}, meaning)),
       );
     });
     this.find(".metrics dl").replaceChildren(...rows);
@@ -343,6 +346,7 @@ class Pane {
     const usual = this.usual.findIndex((members) => members.includes(central));
     const similar = this.unit.similar?.[usual] ?? [];
     const list = this.find(".similar ol"), here = this.unit;
+    this.find(".similar h3").textContent = this.clusters.length > 1 ? `Similar to cluster ${this.cluster}` : "Similar clusters";
     this.find(".similar .caption").textContent = similar.length
       ? `Clusters of other units whose central texts come from near inputs${this.cut === this.set.threshold ? "" : `, found at the cut of ${this.set.threshold}`}.`
       : "None is known.";
@@ -381,6 +385,8 @@ class Pane {
       : [make("li", {}, "Not flagged: it was not seen to stand in for the latent of a first letter.")]));
   }
 }
+
+const shareOfUnits = (set, name, value) => `${Math.round(100 * shareBelow(set, name, value))} % of the ${nounOf(set)}s`;
 
 const chip = (text) => make("bdi", { class: "chip" }, visibleToken(text));
 
