@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -176,7 +177,7 @@ class SAE(nn.Module, ABC):
         training's units.
         """
         for name in self.in_units_of_x:
-            getattr(self, name).mul_(scale / self.scale)
+            attrgetter(name)(self).mul_(scale / self.scale)
         self.scale.fill_(scale)
 
     # Saving -----------------------------------------------------------------------------------------------------------

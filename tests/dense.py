@@ -45,11 +45,21 @@ def auxk(sae, s, residual, dead=None):
     return (residual - z @ sae.W_dec).pow(2).sum() / size if size > 0 else s.new_zeros(())
 
 
+def embedding(sae, x, z):
+    if not sae.embedding_coeff:
+        return {}
+    averages, x, weights = sae.embedding.average * sae.W_enc.T, x.detach(), sae.W_enc.T
+    cosines = torch.nn.functional.cosine_similarity(averages, x[:, None] * weights, dim=2)
+    counts = (z > 0) & sae.embedding.seen & sae.embedding.on
+    return {"embedding": sae.embedding_coeff * ((1 - cosines) * counts).sum(1).mean()}
+
+
 def topk(sae, x, z=None):
     s = scores(sae, x)
     z = top(s, sae.k) if z is None else s * z
     x_hat = z @ sae.W_dec + sae.b_dec
-    return {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}, z
+    terms = {"reconstruction": squared(x, x_hat), "aux": sae.aux_coeff * auxk(sae, s, x - x_hat)}
+    return terms | embedding(sae, x, z), z
 
 
 def batchtopk(sae, x, z=None):
@@ -106,7 +116,8 @@ def relu(sae, x, z=None):
     z = scores(sae, x).relu()
     norms = sae.W_dec.norm(dim=1) if sae.norm_weighted else 1.0
     penalty = sae.l1_coeff * sae.warm * (z * norms).sum(1).mean()
-    return {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}, z
+    terms = {"reconstruction": squared(x, z @ sae.W_dec + sae.b_dec), "sparsity": penalty}
+    return terms | embedding(sae, x, z), z
 
 
 def atm(sae, x, z=None):

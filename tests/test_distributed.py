@@ -41,7 +41,7 @@ from sae_lib.sparse import DenseCode
 from sae_lib.train import adam, measured, one_step
 
 STRESS = bool(os.environ.get("SAE_LIB_STRESS"))
-VARIANTS = NAMES if STRESS else ["batchtopk", "jumprelu", "gradient, others"]
+VARIANTS = NAMES if STRESS else ["batchtopk", "jumprelu", "gradient, others", "topk, embedding"]
 PATIENCE = 300
 """Seconds until a test gives a process up."""
 

@@ -20,6 +20,8 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
     settings = {
         "relu": {"l1_coeff": 0.1},
         "relu, norms": {"l1_coeff": 0.1, "norm_weighted": True},
+        "relu, embedding": {"l1_coeff": 0.1, "embedding_coeff": 0.3},
+        "topk, embedding": {"k": k, "embedding_coeff": 0.3},
         "gated": {"l1_coeff": 0.1},
         "jumprelu": {"target_l0": float(k)},
         "jumprelu, coeff": {"l0_coeff": 0.01},
@@ -48,6 +50,9 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
         if sae.name == "gated":
             sae.b_gate.sub_(level)
             sae.b_mag.sub_(0.5 * level)
+        if name.endswith("embedding"):
+            sae.embedding.average.copy_(torch.randn(d_sae, d_in, generator=generator))
+            sae.embedding.seen[::2] = True
     sae.dead_window.fill_(1000)
     sae.tokens_since_fired[:dead] = 5000
     if name == "mutual_choice" and dead:
@@ -90,6 +95,7 @@ def assert_same_step(sae, x, tolerance, z=None):
 
 NAMES = ["relu", "relu, norms", "gated", "topk", "jumprelu", "jumprelu, coeff", "batchtopk", "matryoshka"]
 NAMES += ["gradient", "gradient, others", "mutual_choice", "feature_choice", "atm", "gba"]
+NAMES += ["relu, embedding", "topk, embedding"]
 WITH_K = ["topk", "batchtopk", "matryoshka", "mutual_choice", "gradient"]
 
 

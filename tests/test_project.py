@@ -43,6 +43,7 @@ ORDER = [
     "sparse",
     "selection",
     "sae",
+    "embedding_loss",
     "saes",
     "superposition",
     "neuron_embeddings",

@@ -85,7 +85,7 @@ class GradientSAE(TopKSAE):
         aux_coeff: float = 1 / 32,
         seed: int = 0,
     ):
-        super().__init__(d_in, d_sae, k, aux_coeff, seed)
+        super().__init__(d_in, d_sae, k, aux_coeff, seed=seed)
         self.beta = positive("beta", beta, or_zero=True)
         if attribution not in WEIGHTS:
             raise ValueError(f"attribution must be one of {', '.join(WEIGHTS)}, got {attribution!r}")

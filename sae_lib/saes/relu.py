@@ -24,6 +24,7 @@ from torch import nn
 
 from sae_lib.data import Batch
 from sae_lib.distributed import per_token
+from sae_lib.embedding_loss import EmbeddingLoss
 from sae_lib.sae import SAE, Loss, column_major, positive, squared_error, unit_dictionary
 from sae_lib.selection import near
 from sae_lib.sparse import Code, Scores
@@ -40,6 +41,7 @@ class ReLUSAE(SAE):
         d_sae: number of latents.
         l1_coeff: weight of the penalty, above 0; for activations of mean squared norm 1, 0.01 to 0.1 is usual.
         norm_weighted: penalise ``z_i |W_dec,i|`` and leave the rows' norms free (the April 2024 form).
+        embedding_coeff: weight of the loss of the chapter `neuron_embeddings` (`sae_lib.embedding_loss`), at least 0.
         seed: of the initial weights.
 
     Raises:
@@ -48,7 +50,15 @@ class ReLUSAE(SAE):
 
     name = "relu"
 
-    def __init__(self, d_in: int, d_sae: int, l1_coeff: float, norm_weighted: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        l1_coeff: float,
+        norm_weighted: bool = False,
+        embedding_coeff: float = 0.0,
+        seed: int = 0,
+    ):
         super().__init__(d_in, d_sae, seed)
         self.l1_coeff = positive("l1_coeff", l1_coeff)
         self.norm_weighted = bool(norm_weighted)
@@ -59,9 +69,14 @@ class ReLUSAE(SAE):
         self.W_dec = nn.Parameter((0.1 if self.norm_weighted else 1.0) * directions)  # (d_sae, d_in)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.warm = 1.0
+        self.embedding_coeff = positive("embedding_coeff", embedding_coeff, or_zero=True)
+        self.embedding = EmbeddingLoss(d_in, d_sae, self.embedding_coeff)
+        if self.embedding_coeff:
+            self.in_units_of_x += ("embedding.average",)
 
     def before_step(self, progress: float) -> None:
         self.warm = min(1.0, progress / WARM_UP)
+        self.embedding.before_step(progress)
 
     def select(self, scores: Scores, batch: Batch) -> Code:
         return near(scores, torch.zeros_like(self.b_enc)).map(torch.relu).living()
@@ -74,10 +89,16 @@ class ReLUSAE(SAE):
             {
                 "reconstruction": squared_error(batch.x, x_hat),
                 "sparsity": self.l1_coeff * self.warm * per_token(penalised.sum(), len(batch.x)),
+                **self.embedding(batch.x, code, self.W_enc),
             },
             code,
             x_hat,
         )
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, code: Code) -> None:
+        super().after_step(batch, code)
+        self.embedding.after_step(batch.x, code)
 
     @torch.no_grad()
     def fold(self, scale: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sae_lib.data import Batch
+from sae_lib.embedding_loss import EmbeddingLoss
 from sae_lib.sae import SAE, Loss, auxk, column_major, geometric_median, positive, squared_error, unit_dictionary, whole
 from sae_lib.selection import top_of_rows
 from sae_lib.sparse import Code, Scores
@@ -33,6 +34,7 @@ class TopKSAE(SAE):
         d_sae: number of latents.
         k: living latents a token, in [1, d_sae].
         aux_coeff: weight of AuxK (alpha of the paper), at least 0.
+        embedding_coeff: weight of the loss of the chapter `neuron_embeddings` (`sae_lib.embedding_loss`), at least 0.
         seed: of the initial weights.
 
     Raises:
@@ -41,7 +43,15 @@ class TopKSAE(SAE):
 
     name = "topk"
 
-    def __init__(self, d_in: int, d_sae: int, k: int, aux_coeff: float = 1 / 32, seed: int = 0):
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        aux_coeff: float = 1 / 32,
+        embedding_coeff: float = 0.0,
+        seed: int = 0,
+    ):
         super().__init__(d_in, d_sae, seed)
         self.k = whole("k", k, most=d_sae, most_name="d_sae")
         self.aux_coeff = positive("aux_coeff", aux_coeff, or_zero=True)
@@ -50,12 +60,19 @@ class TopKSAE(SAE):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(directions.clone())  # (d_sae, d_in)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.embedding_coeff = positive("embedding_coeff", embedding_coeff, or_zero=True)
+        self.embedding = EmbeddingLoss(d_in, d_sae, self.embedding_coeff)
+        if self.embedding_coeff:
+            self.in_units_of_x += ("embedding.average",)
 
     @torch.no_grad()
     def start(self, batch: Batch, tokens: int) -> None:
         super().start(batch, tokens)
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
+
+    def before_step(self, progress: float) -> None:
+        self.embedding.before_step(progress)
 
     def select(self, scores: Scores, batch: Batch) -> Code:
         return top_of_rows(scores, self.k)
@@ -68,7 +85,13 @@ class TopKSAE(SAE):
             {
                 "reconstruction": squared_error(batch.x, x_hat),
                 "aux": self.aux_coeff * auxk(self, scores, batch.x - x_hat),
+                **self.embedding(batch.x, code, self.W_enc),
             },
             code,
             x_hat,
         )
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, code: Code) -> None:
+        super().after_step(batch, code)
+        self.embedding.after_step(batch.x, code)
