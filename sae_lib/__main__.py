@@ -228,6 +228,56 @@ def reproduce(
 
 
 @app.command()
+def explore(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("explorer.html"),
+    model: Annotated[str, typer.Option(help="pocket, a folder, or a name on the Hugging Face Hub.")] = "pocket",
+    layer: Annotated[int | None, typer.Option(help="Whose neurons; without --sae, the middle one.")] = None,
+    sae: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a saved SAE; another one, or --layer, beside it.")
+    ] = None,
+    site: Annotated[str, typer.Option(help="Where the SAE reads.")] = "blocks.1.hook_resid_post",
+    texts: Annotated[str, typer.Option(help="pocket, a .txt or .jsonl file, or a data set of the Hub.")] = "pocket",
+    split: Annotated[str, typer.Option(help="Of pocket or a data set.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many texts; the Hub needs it.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Most examples of a unit.")] = 100,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; the first GPU, if there is one.")] = None,
+) -> None:
+    """Make a page that shows what neurons or latents stand for; it opens from disk, without a network.
+
+    python -m sae_lib explore --model pocket -o explorer.html
+
+    python -m sae_lib explore --sae runs/topk/0-topk --layer 1 -o both.html
+    """
+    from dataclasses import replace
+
+    from sae_lib.explorer import render, write
+    from sae_lib.explorer.page import free, sizes
+    from sae_lib.neuron_embeddings import latents, neurons
+
+    try:
+        free(out)
+        opened = sae_lib.load_model(model, device)
+        sets = [latents(opened, site, sae_lib.load(path, str(opened.device))) for path in sae or []]
+        sets = [replace(units, name=f"{path.name}: {units.name}") for path, units in zip(sae or [], sets, strict=True)]
+        if layer is not None or not sets:
+            sets = [neurons(opened, (opened.n_layers - 1) // 2 if layer is None else layer), *sets]
+        records = sae_lib.load_texts(texts, split, limit=limit)
+        source = f"texts of pocket, {split}" if texts == "pocket" else f"texts of {Path(texts).name}"
+        html = render(sets, records, source=source, most=examples)
+        bytes_of = {name: f"{size / 1e6:.2f} MB" for name, size in sizes(html).items()}
+        typer.echo(f"{write(html, out)}  {' and '.join(f'{len(units):,} of {units.name}' for units in sets)}")
+        typer.echo(
+            "  {all}: index {index}, texts {documents}, units {units}, the page itself {page}".format(**bytes_of)
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def pocket(
     out: Annotated[Path, typer.Option(help="Folder for the texts and the model.")] = ASSETS,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 30_000_000,

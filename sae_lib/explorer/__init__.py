@@ -14,7 +14,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sae_lib.explorer.collect import contents
-from sae_lib.explorer.page import page, write
+from sae_lib.explorer.page import page as assembled
+from sae_lib.explorer.page import write
 from sae_lib.neuron_embeddings import Units
 from sae_lib.records import Record
 
@@ -35,7 +36,7 @@ def render(units: Units | Sequence[Units], texts: Iterable[str | Record], **sett
     Raises:
         ValueError: as `contents`.
     """
-    return page(*contents([units] if isinstance(units, Units) else list(units), texts, **settings))
+    return assembled(*contents([units] if isinstance(units, Units) else list(units), texts, **settings))
 
 
 def show(units: Units | Sequence[Units], texts: Iterable[str | Record], height: int = 800, **settings: Any) -> Piece:

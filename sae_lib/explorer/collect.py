@@ -259,20 +259,18 @@ def plane(distances: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K 2"]:
     The two largest eigenvectors of ``-1/2 C D^2 C`` with C = I - 1/K, each times the root of its eigenvalue (Torgerson
     1952). One scale for both axes; each axis is turned so that its largest coordinate is positive.
 
-    >>> plane(np.array([[0, 1, 2], [1, 0, 1], [2, 1, 0.0]])).round(2)  # in a row
-    array([[1. , 0.5],
-           [0.5, 0.5],
-           [0. , 0.5]])
+    >>> plane(np.array([[0, 1, 4], [1, 0, 3], [4, 3, 0.0]])).round(2)  # in a row
+    array([[0.  , 0.5 ],
+           [0.25, 0.5 ],
+           [1.  , 0.5 ]])
     """
-    from scipy.linalg import eigh
-
     count = len(distances)
     if count < 2:
         return np.full((count, 2), 0.5)
     square = distances**2
     centred = -(square - square.mean(0) - square.mean(1, keepdims=True) + square.mean()) / 2
-    values, vectors = eigh(centred, subset_by_index=[count - 2, count - 1])
-    points = (vectors * np.sqrt(values.clip(min=0)))[:, ::-1]
+    values, vectors = np.linalg.eigh(centred)  # smallest first
+    points = (vectors * np.sqrt(values.clip(min=0)))[:, :-3:-1]
     points = points * np.where(points[np.abs(points).argmax(0), [0, 1]] < 0, -1, 1)
     low, high = points.min(0), points.max(0)
     return (points - (low + high) / 2) / (max(high - low) or 1) + 0.5
@@ -287,7 +285,7 @@ def pairs(numbers: Iterable[int], values: Float[Tensor, " n"]) -> list[list]:
     return [[number, short(value)] for number, value in zip(numbers, values.tolist(), strict=True)]
 
 
-def shorts(values: Iterable[float]) -> list[float | None]:
+def shorts(values: Sequence[float] | Tensor) -> list[float | None]:
     return [short(value) for value in torch.as_tensor(values).tolist()]
 
 

@@ -74,19 +74,29 @@ def write(html: str, path: str | Path, most: int = MOST_BYTES) -> Path:
     Raises:
         ValueError: if the page is larger, the folder does not exist, or `path` holds something else.
     """
-    path, content = Path(path), html.encode()
+    path, content = free(path), html.encode()
     if len(content) > most:
         raise ValueError(
             f"a page must have at most {most / 1e6:.1f} MB, so that it opens at once, got {len(content) / 1e6:.1f} MB: "
             "ask for fewer examples a unit, fewer texts, or one set instead of two"
         )
+    write_bytes(path, content)
+    return path
+
+
+def free(path: str | Path) -> Path:
+    """`path`, if a page can be written there.
+
+    Raises:
+        ValueError: if its folder does not exist, or it holds something other than a page of the explorer.
+    """
+    path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"the folder of a page must exist, got {path}: make {path.parent} first")
     if path.exists() and not (path.is_file() and SIGN in path.read_bytes()):
         raise ValueError(
-            f"path must be new or an explorer's page, got {path}, which holds something else: choose another"
+            f"path must be new or an explorer's page, got {path}, which holds something else: take another"
         )
-    write_bytes(path, content)
     return path
 
 
