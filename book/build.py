@@ -3,7 +3,8 @@
     python book/build.py [-W] [-n] [--keep-going] [--only CHAPTER ...]
 
 Chapters are independent, so as many run at a time as there are cores, each on one thread. What they print goes into
-the cache that the renderer reads, which therefore finds every chapter executed. The cache knows the chapters' sources
+the cache that the renderer reads, which therefore finds every chapter executed; files that they write into the folder
+SAE_LIB_STATIC become files of the book. The cache knows the chapters' sources
 but not what they import: it is emptied when the library, the committed results, the lock or the scale changed.
 A chapter that fails is not cached, and fails the build.
 """
@@ -35,6 +36,7 @@ ENVIRONMENT = {  # of the chapters' kernels; what is already set wins
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",  # a page shows results, not how long they took to come ...
 }
+STATIC = "_build/.jupyter_cache/static"  # for files that chapters make: kept as long as what they print
 PLAIN_BARS = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"  # ... which the bars made of widgets ignore
 
 
@@ -63,6 +65,7 @@ def open_cache(root: Path) -> JupyterCacheAbstract:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         key.write_text(now)
+    (root / STATIC).mkdir(exist_ok=True)
     return get_cache(folder)
 
 
@@ -108,6 +111,7 @@ def main() -> None:
     arguments, renderer_flags = parser.parse_known_args()  # -W -n --keep-going
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["SAE_LIB_STATIC"] = str(ROOT / STATIC)
 
     cache = open_cache(ROOT)
     toc = ROOT / "_toc.yml"

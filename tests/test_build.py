@@ -17,8 +17,9 @@ KERNEL = {"name": "python3", "display_name": "Python 3"}
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch) -> Path:
     """A small repository with one chapter that works and one that fails."""
+    monkeypatch.setenv("SAE_LIB_STATIC", "")  # which the build sets, and no other test shall find
     for folder in ("sae_lib/saes", "book/results"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "sae_lib/saes/topk.py").write_text("k = 1")
@@ -66,6 +67,27 @@ def test_chapters_print_no_progress_bars(root, monkeypatch):
     result = build.execute(chapter, timeout=60)
     assert result.err is None
     assert result.nb.cells[0].outputs == []
+
+
+def test_files_that_chapters_make_are_kept_as_long_as_what_they_print_and_served(root, monkeypatch):
+    (root / "_config.yml").write_text("execute: {timeout: 60}")
+    source = "import os, pathlib\npathlib.Path(os.environ['SAE_LIB_STATIC'], 'made.html').write_text('made')"
+    notebook = new_notebook(cells=[new_code_cell(source, id="only")], metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, root / "book/works.ipynb")
+    monkeypatch.setattr(build, "ROOT", root)
+    monkeypatch.setattr("sys.argv", ["build.py", "--only", "works"])
+    monkeypatch.setattr(build.subprocess, "run", lambda *_: build.subprocess.CompletedProcess([], 0))
+    build.main()
+    made = root / build.STATIC / "made.html"
+    assert made.read_text() == "made"
+    build.open_cache(root)
+    assert made.exists()
+    (root / "sae_lib/saes/topk.py").write_text("changed")
+    build.open_cache(root)
+    assert made.parent.is_dir()
+    assert not made.exists()
+    served = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]["html_static_path"]
+    assert build.STATIC in served
 
 
 @pytest.mark.parametrize(
