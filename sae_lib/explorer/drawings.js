@@ -44,14 +44,13 @@ const sign = (cluster) =>
 
 const tip = {
   box: make("div", { class: "tip", role: "presentation", hidden: true }),
-  show(target, ...lines) {
+  show(target, ...lines) { this.showAt(target.getClientRects()[0] ?? target.getBoundingClientRect(), ...lines); },
+  showAt({ left, top, bottom, width }, ...lines) {
     this.box.replaceChildren(...lines.map((line) => make("span", {}, line)));
     this.box.hidden = false;
-    const place = target.getClientRects()[0] ?? target.getBoundingClientRect(), own = this.box.getBoundingClientRect();
-    const left = Math.min(Math.max(4, place.left + place.width / 2 - own.width / 2), innerWidth - own.width - 4);
-    const above = place.top - own.height - 6;
-    this.box.style.left = `${left}px`;
-    this.box.style.top = `${above > 0 ? above : place.bottom + 6}px`;
+    const own = this.box.getBoundingClientRect(), above = top - own.height - 6;
+    this.box.style.left = `${Math.min(Math.max(4, left + width / 2 - own.width / 2), innerWidth - own.width - 4)}px`;
+    this.box.style.top = `${above > 0 ? above : bottom + 6}px`;
   },
   hide() { this.box.hidden = true; },
 };
@@ -261,6 +260,30 @@ function drawHistogram(svg, { edges, counts }, from) {
   svg.setAttribute("aria-label", `Activations of ${counted(total, "token")}, up to ${rounded(edges.at(-1))}; most are small`);
 }
 
+// All units ----------------------------------------------------------------------------------------------------------------------
+
+// Each unit a dot: how often it is active, on a logarithmic scale, and how far its examples are apart. Those of the list
+// are dark, the one in view has a ring. Gives the dots' places back.
+function drawOverview(svg, { frequency, mean_distance: distance }, listed, current) {
+  const width = svg.clientWidth || 230, height = svg.clientHeight || 110, edge = 6;
+  const known = distance.map((_, unit) => unit).filter((unit) => distance[unit] !== null && frequency[unit] > 0);
+  const logs = known.map((unit) => Math.log10(frequency[unit]));
+  const low = Math.min(...logs), wide = Math.max(...logs) - low || 1;
+  const most = Math.max(1e-9, ...known.map((unit) => distance[unit]));
+  const dots = new Map(known.map((unit, i) => [unit, [
+    edge + ((logs[i] - low) / wide) * (width - 2 * edge), height - edge - (distance[unit] / most) * (height - 2 * edge),
+  ]]));
+  const path = (units) => units.filter((unit) => dots.has(unit)).map((unit) => `M${dots.get(unit).join(" ")}h0`).join("");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const [x, y] = dots.get(current) ?? [-99, -99];
+  svg.replaceChildren(
+    draw("path", { class: "others", d: path(known) }),
+    draw("path", { class: "listed", d: path(listed) }),
+    draw("circle", { cx: x, cy: y, r: 5 }),
+  );
+  return dots;
+}
+
 // Windows of tokens --------------------------------------------------------------------------------------------------------------
 
 // A window's tokens, each with its strength in [0, 1] for the colour and what is told of it.
@@ -303,7 +326,7 @@ function tellTokens(list, say) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!text) return;
     if (step) {
-      const spans = [...text.children], now = spans.findIndex((each) => each.classList.contains("here"));
+      const spans = [...text.querySelectorAll("[data-told]")], now = spans.findIndex((each) => each.classList.contains("here"));
       const next = now < 0 ? spans.findIndex((each) => each.classList.contains("key")) : now + step;
       if (!spans[next]) return event.preventDefault();
       tell(spans[next]);

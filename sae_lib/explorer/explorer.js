@@ -207,19 +207,31 @@ function rowOf(unit) {
   const bar = make("i", { "aria-hidden": "true" });
   if (status === "shown" && value !== null) bar.style.setProperty("--share", shareBelow(set(), named, value).toFixed(3));
   const place = found?.example === undefined ? { unit } : { unit, example: found.example };
-  const words = found?.count ? counted(found.count, "text") : (keys?.[unit] ?? []).map((id) => wordOf(index.vocab[id])).join(", ");
+  const words = found?.count ? counted(found.count, "text") : (keys?.[unit] ?? []).map((id) => make("bdi", {}, wordOf(index.vocab[id])));
   return make(
     "li", { "data-unit": unit },
-    panes[view.set].link(view.set, place, make("b", {}, String(unit)), make("bdi", { class: "words" }, words), bar, make("span", { class: "value" }, text)),
+    panes[view.set].link(view.set, place, make("b", {}, String(unit)), make("span", { class: "words" }, words), bar, make("span", { class: "value" }, text)),
   );
 }
 
 function markCurrent() {
   const unit = view.places[view.set]?.unit;
+  finder.dots = drawOverview(byId("overview").firstElementChild, set().summary, finder.units, unit);
   for (const row of byId("list").children) {
     if (Number(row.dataset.unit) === unit) row.firstChild.setAttribute("aria-current", "true");
     else row.firstChild.removeAttribute("aria-current");
   }
+}
+
+// The unit whose dot is nearest to a place on the overview, if one is near.
+function unitNear({ clientX, clientY }) {
+  const box = byId("overview").firstElementChild.getBoundingClientRect();
+  let best = null, least = 144;
+  for (const [unit, [x, y]] of finder.dots) {
+    const far = (x - clientX + box.left) ** 2 + (y - clientY + box.top) ** 2;
+    if (far < least) [best, least] = [unit, far];
+  }
+  return best;
 }
 
 let searches = 0;
@@ -369,6 +381,15 @@ function setUp() {
     for (const input of byId("ranges").querySelectorAll("input")) input.value = "";
     list();
   });
+  const overview = byId("overview").firstElementChild;
+  overview.addEventListener("pointermove", (event) => {
+    const unit = unitNear(event), { mean_distance: distance, frequency } = set().summary;
+    if (unit === null) return tip.hide();
+    const { clientX: left, clientY: y } = event, told = `${rounded(distance[unit])}, active on ${percent(frequency[unit])}`;
+    tip.showAt({ left, top: y - 6, bottom: y + 6, width: 0 }, `${nounOf(set())} ${unit}`, told);
+  });
+  overview.addEventListener("pointerleave", () => tip.hide());
+  overview.addEventListener("click", (event) => unitNear(event) !== null && visit(view.set, { unit: unitNear(event) }));
   byId("more").addEventListener("click", () => { finder.rows += 4 * ROWS; showRows(); });
   byId("browse").addEventListener("click", () => toggleFinder(!byId("finder").classList.contains("open")));
 

@@ -272,12 +272,11 @@ class Pane {
       if (!known) return "importance not computed for this text";
       return i > key ? "comes later: no importance" : `importance ${rounded(share)}`;
     });
-    const whole = visible(words.join(""));
     const text = make(
       "p",
       {
         class: "text", dir: "auto", tabindex: -1, role: "group", "aria-roledescription": "text",
-        "aria-label": `${central ? "Central example. " : ""}${whole}. Key token ${quoted(words[key])}, activation ${rounded(value)}`,
+        "aria-label": `${central ? "Central example. " : ""}${visible(words.join(""))}. Key token ${quoted(words[key])}, activation ${rounded(value)}`,
       },
       tokenSpans(words, shares, told, key),
     );
@@ -286,10 +285,21 @@ class Pane {
       example === this.marked ? make("strong", {}, "the one you asked for") : null,
       importance && !known ? "importance not computed" : null,
       `text ${document}, token ${position}`,
-      make("b", {}, rounded(value)),
     ];
-    const more = [start > 0 ? "before" : "", start + ids.length < this.texts[document].length ? "after" : ""];
-    return make("li", { "data-example": example, class: `${central ? "central " : ""}${more.join(" ")}` }, text, make("p", { class: "note" }, notes.map((note) => note && make("span", {}, note))));
+    const rest = [this.texts[document].slice(0, start), this.texts[document].slice(start + ids.length)];
+    const cut = [rest[0].length ? "before" : "", rest[1].length ? "after" : ""].join(" ").trim();
+    const whole = make("button", { type: "button", class: "quiet", click: () => {
+      item.classList.remove("before", "after");
+      text.prepend(restOf(rest[0]));
+      text.append(restOf(rest[1]));
+      whole.remove();
+      text.focus({ preventScroll: true });
+    } }, "whole text");
+    const item = make(
+      "li", { "data-example": example, class: `${central ? "central " : ""}${cut}` }, text,
+      make("p", { class: "note" }, notes.map((note) => note && make("span", {}, note)), cut ? whole : null, make("b", {}, rounded(value))),
+    );
+    return item;
   }
 
   // Measures -----------------------------------------------------------------------------------------------------------------
@@ -301,15 +311,16 @@ class Pane {
       const [title, meaning] = ABOUT[name] ?? [name.replaceAll("_", " "), ""];
       const value = own[name], whole = ["clusters", "examples"].includes(name);
       const text = value === null ? "–" : name === "frequency" ? percent(value) : rounded(value, whole ? 0 : name === "participation" ? 1 : 2);
-      const below = value === null ? null : shareBelow(this.set, name, value);
+      const cutDecides = ["clusters", "intra_distance", "inter_distance"].includes(name) && this.cut !== this.set.threshold;
+      const below = value === null || cutDecides ? null : shareBelow(this.set, name, value);
       const track = make("span", { class: "track", "aria-hidden": "true" }, make("i"));
       if (below !== null) track.firstChild.style.insetInlineStart = `${(100 * below).toFixed(1)}%`;
-      const told = below === null ? "undefined here" : `above ${shareOfUnits(this.set, name, value)}`;
+      const told = value === null ? "undefined here" : cutDecides ? `at the cut of ${this.cut}` : `above ${shareOfUnits(this.set, name, value)}`;
       return make(
         "div", {},
         make("dt", {}, title),
         make("dd", { "data-name": name, "data-value": value ?? "" }, make("b", {}, text), below === null ? null : track, make("small", {}, told)),
-        make("dd", {}, make("small", {}, meaning)),
+        make("dd", { class: "meaning" }, meaning),
       );
     });
     this.find(".metrics dl").replaceChildren(...rows);
@@ -374,7 +385,7 @@ class Pane {
     this.find(".neighbours").hidden = !neighbours.length;
     this.find(".neighbours ol").replaceChildren(...neighbours.map(([unit, cosine]) => make(
       "li", {}, this.link(this.number, { unit }, `latent ${unit}`),
-      (this.set.keys?.[unit] ?? []).slice(0, 2).map((id) => chip(index.vocab[id])), make("span", { class: "value" }, rounded(cosine)),
+      make("span", { class: "keys" }, (this.set.keys?.[unit] ?? []).slice(0, 2).map((id) => chip(index.vocab[id]))), make("span", { class: "value" }, rounded(cosine)),
     )));
     this.find(".absorption").hidden = this.set.kind !== "latents";
     this.find(".absorption ul").replaceChildren(...(absorption.length
@@ -388,7 +399,14 @@ class Pane {
 
 const shareOfUnits = (set, name, value) => `${Math.round(100 * shareBelow(set, name, value))} % of the ${nounOf(set)}s`;
 
-const chip = (text) => make("bdi", { class: "chip" }, visibleToken(text));
+// Tokens outside a window: their activations are not kept.
+const restOf = (ids) => make("em", { class: "rest" }, visible(ids.map((id) => index.vocab[id]).join("")));
+
+// A token by itself; spaces at its beginning are marked faintly.
+function chip(text) {
+  const shown = visibleToken(text), spaces = /^␣*/.exec(shown)[0];
+  return make("bdi", { class: "chip" }, spaces ? make("span", {}, spaces) : null, shown.slice(spaces.length));
+}
 
 function commonest(words) {
   const counts = new Map();

@@ -98,6 +98,12 @@ def window(unit, example):
     return start, [VOCAB[token] for token in TEXTS[document][start : position + 11]], unit["windows"][example]
 
 
+def seen(text):
+    """A text as the page shows it."""
+    signs = {"\n": "↵", "\t": "⇥", "\0": "⟨00⟩", "\x1b": "⟨1B⟩", "\u202e": "⟨202E⟩", "\u2028": "⟨2028⟩"}
+    return text.translate(str.maketrans(signs)).replace("\ud83d", "\ufffd")
+
+
 # It opens -------------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +378,19 @@ def test_ten_texts_are_shown_and_it_says_how_many_more_there_are(show):
     assert (np.diff(distances.sum(1)[shown]) >= 0).all(), "from the most typical to the least"
 
 
+def test_a_window_opens_to_its_whole_text(show):
+    page = show(f"#unit={MANY}")
+    example = page.locator(".windows li:has(button)").first.get_attribute("data-example")
+    item, document = page.locator(f"li[data-example='{example}']"), UNITS[0][MANY]["examples"][int(example)][0]
+    text = item.locator(".text")
+    assert len(text.text_content()) < len(seen("".join(VOCAB[token] for token in TEXTS[document])))
+    item.get_by_role("button", name="whole text").click()
+    assert text.text_content() == seen("".join(VOCAB[token] for token in TEXTS[document]))
+    assert item.get_by_role("button").count() == 0
+    page.keyboard.press("ArrowRight")
+    assert item.locator(".here.key").count() == 1
+
+
 def test_tokens_can_be_coloured_by_importance(show):
     page = show(f"#unit={MANY}")
     page.get_by_label("importance").first.check(force=True)
@@ -520,6 +539,30 @@ def test_filters_keep_what_lies_within_them(show):
     assert rows(page) == expected != []
     page.locator("#clear").click()
     assert page.locator("#count").inner_text() == "70 neurons"
+
+
+def test_the_overview_has_a_dot_for_each_unit_and_a_click_opens_it(show):
+    page = show(f"#unit={MANY}")
+    known = [unit for unit in range(70) if SUMMARY["mean_distance"][unit] is not None]
+    places = re.findall(r"M([\d.]+) ([\d.]+)h0", page.locator("#overview .others").get_attribute("d"))
+    places = {unit: (float(x), float(y)) for unit, (x, y) in zip(known, places, strict=True)}
+    rarest, most = (
+        min(known, key=lambda unit: sign * SUMMARY[name][unit])
+        for name, sign in (("frequency", 1), ("mean_distance", -1))
+    )
+    assert min(places, key=lambda unit: places[unit][0]) == rarest
+    assert min(places, key=lambda unit: places[unit][1]) == most, "upwards is more"
+    box = page.locator("#overview svg").bounding_box()
+    x, y = places[rarest]
+    page.mouse.move(box["x"] + x + 1, box["y"] + y)
+    assert page.locator(".tip").inner_text().startswith(f"neuron {rarest}")
+    page.mouse.down()
+    page.mouse.up()
+    at(page, rarest)
+    page.locator("#filters summary").click()
+    page.fill("#clusters-low", "3")
+    listed = page.locator("#overview .listed").get_attribute("d").count("M")
+    assert listed == len([unit for unit in known if SUMMARY["clusters"][unit] >= 3]) < len(known)
 
 
 def test_j_and_k_walk_through_the_list_as_it_is_sorted(show):
