@@ -239,7 +239,9 @@ def explore(
     texts: Annotated[str, typer.Option(help="pocket, a .txt or .jsonl file, or a data set of the Hub.")] = "pocket",
     split: Annotated[str, typer.Option(help="Of pocket or a data set.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many texts; the Hub needs it.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Most examples of a unit.")] = 100,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Most of a unit; by default 100, fewer of many units.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...; the first GPU, if there is one.")] = None,
 ) -> None:
     """Make a page that shows what neurons or latents stand for; it opens from disk, without a network.

@@ -102,6 +102,16 @@ def test_units_fill_parts_of_32_in_order(gpt2):
     assert [entry["key"] for entry in index["sets"]] == ["latents", "neurons-1"]
 
 
+def test_many_units_have_fewer_examples_each_so_that_the_page_fits(gpt2, monkeypatch):
+    units = neurons(gpt2, 1)
+    assert max(contents([units], TEXTS, threshold=0)[0]["sets"][0]["summary"]["examples"]) == 10
+    monkeypatch.setattr(collect_module, "EXAMPLES", 40)
+    for sets, most in (([units], 2), ([units, units], 1)):
+        index, _ = contents(sets, TEXTS, threshold=0)
+        assert max(max(entry["summary"]["examples"]) for entry in index["sets"]) == most
+        assert index["sets"][0]["facts"]["examples"].startswith(f"at most {most} a unit")
+
+
 def test_two_saes_have_two_keys(gpt2):
     index, _ = contents([latents(gpt2, SITE, ReLUSAE(12, 4, 0.1, seed=s)) for s in (0, 1)], TEXTS)
     assert [entry["key"] for entry in index["sets"]] == ["latents-1", "latents-2"]

@@ -44,6 +44,8 @@ from sae_lib.neuron_embeddings import (
 from sae_lib.records import Record
 from sae_lib.sae import SAE
 
+EXAMPLES = 100_000
+"""Most examples on a page: with as many it stays below `sae_lib.explorer.page.MOST_BYTES`."""
 CUT = 0.5
 """Distance up to which examples are one cluster when a page opens; the paper's."""
 IMPORTANT = 3
@@ -88,7 +90,7 @@ def contents(
     title: str | None = None,
     source: str = "texts",
     threshold: float | int = 0.75,
-    most: int = 100,
+    most: int | None = None,
 ) -> tuple[dict, dict[str, object]]:
     """Index and parts, for `sae_lib.explorer.page.page`.
 
@@ -98,7 +100,7 @@ def contents(
         title: of the page; by default, what the sets are called.
         source: what the texts are, for the reader.
         threshold: share of a unit's maximum from which a text is an example.
-        most: examples a unit, at least 1.
+        most: examples a unit, at least 1; by default the paper's 100, or fewer where that makes more than `EXAMPLES`.
 
     Raises:
         ValueError: for no sets or more than two, or two models; for texts and numbers that `collect` refuses.
@@ -108,6 +110,8 @@ def contents(
     model = sets[0].model
     if any(units.model is not model for units in sets):
         raise ValueError(f"both sets must be of one model that was opened once, got {[s.model.name for s in sets]}")
+    if most is None:
+        most = max(1, min(100, EXAMPLES // sum(map(len, sets))))
     texts, shown, parts, entries = list(texts), Shown(), {}, []
     for number, units in enumerate(sets):
         examples = collect(units, texts, threshold, most)
@@ -116,7 +120,8 @@ def contents(
         names = [f"explorer-part-{len(parts) + i}" for i in range(len(pieces))]
         parts |= dict(zip(names, pieces, strict=True))
         tokens = sum(map(len, examples.tokens))
-        entry["facts"] = {"read": f"{tokens:,} tokens of {len(examples.tokens):,} {source}"} | entry["facts"]
+        read = {"read": f"{tokens:,} tokens of {len(examples.tokens):,} {source}"}
+        entry["facts"] = read | {"examples": f"at most {most} a unit, the first that were met"} | entry["facts"]
         entries.append(entry | {"at_least": threshold, "parts": names})
     parts["explorer-documents"] = {
         "tokens": [[shown.token(token) for token in examples.tokens[text]] for text in shown.texts]
