@@ -23,13 +23,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from sae_lib.matching import SLOPES, Search
 from sae_lib.measures import CONSISTENCY, MEASURES
+from sae_lib.metrics.feature_clusters import Reading
 from sae_lib.results import ROOT, ResultsError, Row, read, sha256_of
 from sae_lib.sae import SAE
 from sae_lib.saes import VARIANTS
@@ -44,7 +45,9 @@ CONTROLS: dict[str, Callable[[SAE], SAE]] = {
     "frozen decoder": lambda sae: freeze(sae, "W_dec"),
     "frozen encoder": lambda sae: freeze(sae, "W_enc", "b_enc"),
 }
-"""What is done to an SAE before its training; ``pca`` is another: components in place of an SAE."""
+"""What is done to an SAE before its training."""
+UNTRAINED = {"pca": {"rank"}, "neurons": {field.name for field in fields(Reading)}}
+"""What stands in place of an SAE and is not trained, with its arguments: components, and ways to embed neurons."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,11 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     variant, control = parts.pop("variant", None), parts.pop("control", None)
     tokens = parts.pop("tokens", shared["tokens"])
     version = {"sae_version": parts.pop("version")} if "version" in parts else {}
-    if variant not in (*VARIANTS, "pca"):
-        raise ValueError(f"variant of {label} must be one of {', '.join(VARIANTS)}, pca, got {variant!r}")
+    if variant not in (*VARIANTS, *UNTRAINED):
+        raise ValueError(f"variant of {label} must be one of {', '.join([*VARIANTS, *UNTRAINED])}, got {variant!r}")
     if control not in (None, *CONTROLS):
         raise ValueError(f"control of {label} must be one of {', '.join(CONTROLS)}, got {control!r}")
-    known = {"rank"} if variant == "pca" else set(inspect.signature(VARIANTS[variant]).parameters) - {"d_in", "seed"}
+    known = UNTRAINED.get(variant) or set(inspect.signature(VARIANTS[variant]).parameters) - {"d_in", "seed"}
     if strange := set(parts) - known:
         raise ValueError(f"{label} takes {', '.join(sorted(known))}, got {', '.join(sorted(strange))}")
     arguments = {name: value for name, value in setting.items() if name in known} | parts

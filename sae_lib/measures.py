@@ -21,7 +21,9 @@ from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.choice_by_gradient import ChoiceByGradient
 from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.evaluation import evaluate
+from sae_lib.metrics.feature_clusters import Reading, feature_clusters
 from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.latent_distances import LatentDistances
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
 from sae_lib.metrics.reconstruction import density
@@ -187,6 +189,11 @@ def consistency(sae: SAE, twin: SAE, ground: Ground, seed: int) -> Metrics:
     return {name: value for name, value in found.items() if name != "consistency_pairs"}
 
 
+def neurons(readings: Sequence[Reading], ground: LanguageGround, seed: int, repeat: int) -> list[Metrics]:
+    """The clusters of all neurons of the ground's model, by each reading of the same examples; the seed draws texts."""
+    return feature_clusters(ground.model, ground.texts["train"], readings, seed, ground.held)
+
+
 MEASURES: dict[str, Measure] = {
     "reconstruction": reconstruction,
     "sparsity": sparsity,
@@ -205,6 +212,8 @@ MEASURES: dict[str, Measure] = {
     "sparse_probing": task(probing),
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
     "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),
+    "neurons": neurons,
+    "latent_distances": task(lambda on, seed: LatentDistances(on.model, on.site, on.texts["test"], seed=seed)),
     "autointerp": task(lambda on, seed: Autointerp(on.model, on.site, on.texts["test"], seed=seed)),
 }
 """Name -> measurement, repeated with other seeds of its own."""

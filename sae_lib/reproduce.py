@@ -23,10 +23,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from sae_lib.experiments import Experiment, Planned, experiments
+from sae_lib.experiments import UNTRAINED, Experiment, Planned, experiments
 from sae_lib.grounds import Ground, ground
 from sae_lib.matching import measured_l0
 from sae_lib.measures import CONSISTENCY, MEASURES, consistency
+from sae_lib.metrics.feature_clusters import Reading
 from sae_lib.pocket.provenance import write_json
 from sae_lib.results import ROOT, Row, append, environment, file_of, key, library_sha256, load, sha256_of
 from sae_lib.sae import SAE, whole
@@ -99,7 +100,7 @@ class Trained:
     """A trained SAE, what was found by a search, the seconds that it took; and its twin, if one is asked for."""
 
     planned: Planned
-    sae: SAE
+    sae: SAE | Reading
     found: dict[str, float]
     seconds: float
     twin: SAE | None = None
@@ -174,20 +175,21 @@ def train_once(
     ground: Ground,
     work: Path,
     weights: int | None = None,
-) -> list[tuple[SAE, float]]:
+) -> list[tuple[SAE | Reading, float]]:
     """Each SAE trained, those of one length together; and the seconds of each. `weights`: a seed of their own.
 
     Those that need gradients have a stream of their own, unless the ground gives gradients to all.
     """
-    made: dict[int, tuple[SAE, float]] = {}
+    made: dict[int, tuple[SAE | Reading, float]] = {}
     together: dict[tuple[int, bool], list[int]] = {}
     for place, sae in enumerate(saes):
         together.setdefault((sae.tokens, sae.needs_grad or ground.grad), []).append(place)
     for (tokens, grad), places in sorted(together.items()):
-        trainees = [place for place in places if saes[place].configuration["variant"] != "pca"]
+        trainees = [place for place in places if saes[place].configuration["variant"] not in UNTRAINED]
         for place in set(places) - set(trainees):
             began = time.perf_counter()
-            sae = pca(ground.stream(seed), saes[place].configuration["arguments"]["rank"], tokens)
+            variant, arguments = (saes[place].configuration[part] for part in ("variant", "arguments"))
+            sae = pca(ground.stream(seed), **arguments, tokens=tokens) if variant == "pca" else Reading(**arguments)
             made[place] = sae, time.perf_counter() - began
         if trainees:
             new = [

@@ -16,7 +16,7 @@ an untrained one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,13 +157,7 @@ class Autointerp:
             labels on tokens that they were not chosen on; ``autointerp_latents``, how many latents were judged;
             ``autointerp_matched``, the score by `matched_mean`, for SAEs whose latents fire more or less often.
         """
-        explained = self.explained(sae)
-        means = {
-            key: float(np.mean([getattr(latent, name) for latent in explained])) if explained else float("nan")
-            for key, name in {"autointerp": "score", "autointerp_chance": "never", "autointerp_f1": "f1"}.items()
-        }
-        score, frequency = (torch.tensor([getattr(one, name) for one in explained]) for name in ("score", "frequency"))
-        return means | {"autointerp_latents": len(explained), "autointerp_matched": matched_mean(score, frequency)}
+        return judged(self.explained(sae))
 
     def explained(self, sae: SAE) -> list[Explained]:
         """Each judged latent with its label; latents without enough middling tokens are left out."""
@@ -198,6 +192,16 @@ class Autointerp:
                 )
             )
         return found
+
+
+def judged(explained: Sequence[Explained]) -> dict[str, float]:
+    """What `Autointerp` returns of the latents that it explained."""
+    means = {
+        key: float(np.mean([getattr(latent, name) for latent in explained])) if explained else float("nan")
+        for key, name in {"autointerp": "score", "autointerp_chance": "never", "autointerp_f1": "f1"}.items()
+    }
+    score, frequency = (torch.tensor([getattr(one, name) for one in explained]) for name in ("score", "frequency"))
+    return means | {"autointerp_latents": len(explained), "autointerp_matched": matched_mean(score, frequency)}
 
 
 def half(model: LanguageModel, site: str, records: list[Record], rows: list[tuple]) -> Half:
