@@ -1,14 +1,16 @@
 """What an experiment stands on: activations to train on, and held-out ones to measure on, for each seed.
 
 A ground is a line of ``book/experiments.yml``: a planted world, whose every seed is another dictionary with other
-samples, or a site of a language model, where a seed is another order of the same texts.
+samples; a site of a language model, where a seed is another order of the same texts; or the hidden units of a
+classifier of images, whose every seed is another classifier.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat as endlessly
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sae_lib.metrics.sparse_probing import labelled_texts
 from sae_lib.models import load_model
 from sae_lib.pocket.spelling import split_words
 from sae_lib.sae import whole
+from sae_lib.vision import Classifier, Images, load_images, train_classifier
 
 CACHES = Path(__file__).parent.parent / "_build" / "activations"
 KEPT = 8
@@ -166,6 +169,61 @@ class LanguageGround(Ground):
         return Activations(self.model, self.site, **options)
 
 
+class ImageGround(Ground):
+    """The hidden units of a classifier of images, trained first; the seed decides the split, weights and orders.
+
+    Args:
+        images: what `sae_lib.vision.load_images` takes.
+        epochs: of the classifier's training.
+        batch_size: images in a training step, of the classifier and of SAEs.
+        held: test images of one measurement; all, if there are fewer.
+        d_hidden: hidden units.
+    """
+
+    def __init__(self, images: str, epochs: int, batch_size: int, held: int, d_hidden: int = 64):
+        super().__init__()
+        self.images, self.epochs, self.d_in = images, whole("epochs", epochs), whole("d_hidden", d_hidden)
+        self.batch_size, self.held = whole("batch_size", batch_size), whole("held", held)
+
+    def world(self, seed: int) -> tuple[Classifier, Images, Images]:
+        """The classifier of a seed, its training images, and the test images."""
+
+        def make() -> tuple[Classifier, Images, Images]:
+            train, test = load_images(self.images, seed)
+            classifier = train_classifier(train, self.d_in, self.epochs, self.batch_size, seed)
+            return classifier, train, Images(test.pixels[: self.held], test.labels[: self.held])
+
+        return self.prepared(("world", seed), make)
+
+    def stream(self, seed: int, grad: bool = False) -> Activations:
+        """To train on: the training images, epoch after epoch.
+
+        Raises:
+            ValueError: if gradients are asked for: a classifier has no next token.
+        """
+        if grad:
+            raise ValueError("gradients need a language model, got a classifier of images: take another ground")
+        classifier, train, _ = self.world(seed)
+        options = {"batch_size": self.batch_size, "seed": seed}
+        size = max(2 * self.batch_size, len(train.pixels))
+        return Activations(classifier, "hidden", inputs=Epochs(train.pixels), buffer_size=size, **options)
+
+    def held_out(self, seed: int, repeat: int) -> list[Batch]:
+        """The test images, the same for all repetitions."""
+        classifier, _, test = self.world(seed)
+        return [Batch(classifier.activations(test.pixels))]
+
+
+class Epochs:
+    """The same inputs again and again; each iteration starts anew."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return endlessly(self.inputs)
+
+
 def name_of(stream: Activations) -> str:
     """The folder of a stream's cache: another stream has another."""
     return hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -175,9 +233,9 @@ def ground(described: dict[str, Any]) -> Ground:
     """The ground that a line of ``experiments.yml`` describes.
 
     Raises:
-        ValueError: it has neither ``planted`` nor ``model``, or an argument that its kind does not take.
+        ValueError: it has none of ``planted``, ``model`` and ``images``, or an argument that its kind does not take.
     """
-    kinds = {"planted": PlantedGround, "model": LanguageGround}
+    kinds = {"planted": PlantedGround, "model": LanguageGround, "images": ImageGround}
     for name, kind in kinds.items():
         if name in described:
             try:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_lib.data import Batch
-from sae_lib.grounds import Ground, LanguageGround, PlantedGround
+from sae_lib.grounds import Ground, ImageGround, LanguageGround, PlantedGround
 from sae_lib.metrics.absorption import planted_absorption
 from sae_lib.metrics.allocation import Allocation, BatchChoice, step_seconds
 from sae_lib.metrics.attribution import LatentEffects
@@ -23,6 +23,7 @@ from sae_lib.metrics.consistency import shared_latents, strongest_shared
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.feature_clusters import Reading, feature_clusters
 from sae_lib.metrics.first_letter import FirstLetter
+from sae_lib.metrics.image_latents import image_latents
 from sae_lib.metrics.latent_distances import LatentDistances
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
@@ -194,6 +195,11 @@ def neurons(readings: Sequence[Reading], ground: LanguageGround, seed: int, repe
     return feature_clusters(ground.model, ground.texts["train"], readings, seed, ground.held)
 
 
+def images(saes: Sequence[SAE], ground: ImageGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """All of `image_latents`, on the classifier and the images of the seed."""
+    return each(lambda sae: image_latents(sae, *ground.world(seed), seed=repeat), saes)
+
+
 MEASURES: dict[str, Measure] = {
     "reconstruction": reconstruction,
     "sparsity": sparsity,
@@ -213,6 +219,7 @@ MEASURES: dict[str, Measure] = {
     "steering": task(lambda on, seed: Steering(on.model, on.site, on.texts["test"], seed=seed)),
     "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),
     "neurons": neurons,
+    "images": images,
     "latent_distances": task(lambda on, seed: LatentDistances(on.model, on.site, on.texts["test"], seed=seed)),
     "autointerp": task(lambda on, seed: Autointerp(on.model, on.site, on.texts["test"], seed=seed)),
 }

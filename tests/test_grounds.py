@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import WORDS, tiny_gpt2
 
-from sae_lib import grounds
-from sae_lib.grounds import LanguageGround, PlantedGround, ground
+from sae_lib import TopKSAE, grounds, train
+from sae_lib.grounds import ImageGround, LanguageGround, PlantedGround, ground
 
 
 @pytest.fixture
@@ -55,3 +55,56 @@ def test_a_description_may_ask_for_gradients(place):
     assert ground(place | {"grad": True}).grad
     with pytest.raises(ValueError, match="must have its arguments"):
         ground({"planted": {"n_features": 8, "d_in": 4, "active": 2}, "batch_size": 32, "held": 1, "grad": True})
+
+
+DIGITS = {"images": "digits", "epochs": 1, "batch_size": 64, "held": 100, "d_hidden": 16}
+
+
+def test_hidden_units_are_those_of_the_training_images_epoch_after_epoch():
+    place = ground(DIGITS)
+    classifier, images, test = place.world(1)
+    expected = classifier.activations(images.pixels)
+    stream = iter(place.stream(1))
+    x = torch.cat([next(stream).x for _ in range(60)])  # about three epochs
+    assert x.shape == (60 * 64, place.d_in)
+    counts = (torch.cdist(x, expected, compute_mode="donot_use_mm_for_euclid_dist") < 1e-6).sum(0)
+    assert counts.min() >= 1
+    (held,) = place.held_out(1, 0)
+    assert torch.equal(held.x, classifier.activations(test.pixels))
+    assert len(held.x) == len(test.labels) == 100
+    assert place.rows(1, 0).shape == (100, 16)
+
+
+def test_the_seed_makes_another_classifier_of_other_images():
+    one, again, other = (ImageGround(**DIGITS).world(seed) for seed in (1, 1, 2))
+    assert torch.equal(one[0].W_in, again[0].W_in)
+    assert torch.equal(one[1].pixels, again[1].pixels)
+    assert not torch.equal(one[0].W_in, other[0].W_in)
+    assert not torch.equal(one[2].labels, other[2].labels)
+
+
+def test_training_on_images_goes_on_where_it_stopped(tmp_path):
+    def run(folder, tokens=None):
+        stream, made = ImageGround(**DIGITS).stream(1), TopKSAE(16, 32, 2)
+        if tokens is not None:
+            stop = made.after_step
+
+            def after_step(batch, code):
+                stop(batch, code)
+                if made.tokens_trained >= tokens:
+                    raise KeyboardInterrupt
+
+            made.after_step = after_step
+        return train(made, stream, 3000, seed=1, checkpoint=folder, checkpoint_every=500).saes[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", tokens=1800)
+    went_on, unbroken = run(tmp_path / "stopped"), run(tmp_path / "unbroken")
+    assert all(torch.equal(a, b) for a, b in zip(went_on.parameters(), unbroken.parameters(), strict=True))
+
+
+def test_a_classifier_has_no_gradients_of_next_tokens():
+    with pytest.raises(ValueError, match="gradients need a language model, got a classifier of images"):
+        ImageGround(**DIGITS).stream(0, grad=True)
+    with pytest.raises(ValueError, match="epochs must be an integer at least 1, got 0"):
+        ground(DIGITS | {"epochs": 0})
