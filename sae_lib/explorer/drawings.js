@@ -124,6 +124,7 @@ class Tree {
     this.top = Math.ceil(highest / this.step) * this.step;
     this.cutAt = cut;
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    const line = this.yOf(Math.min(cut, this.top));
 
     const gap = wide / order.length;
     const leaves = [];
@@ -145,7 +146,7 @@ class Tree {
       const from = Math.min(...places) - gap / 2, across = Math.max(...places) - from + gap / 2;
       const attributes = { "data-cluster": cluster, x: from, width: across };
       const chosen = cluster === selected ? " selected" : "";
-      areas.push(draw("rect", { ...attributes, class: `area${chosen}`, y: this.yOf(cut), height: floor - this.yOf(cut) + 14 }));
+      areas.push(draw("rect", { ...attributes, class: `area${chosen}`, y: line, height: floor - line + 14 }));
       areas.push(draw("rect", {
         ...attributes, class: `foot colour-${cluster % COLOURS}${chosen}`, y: floor + 5, height: 6,
         x: from + Math.min(0.6, gap / 6), width: Math.max(1, across - Math.min(1.2, gap / 3)),
@@ -161,14 +162,14 @@ class Tree {
       draw("text", { x: left - 6, y: this.yOf(at), dy: "0.35em", "text-anchor": "end" }, String(at)),
     ]));
 
-    this.handle.setAttribute("transform", `translate(0 ${this.yOf(cut)})`);
+    this.handle.setAttribute("transform", `translate(0 ${line})`);
     filled(this.reach, { x: left, width: wide + right }, []);
     filled(this.line, { x1: left, x2: left + wide + 4 }, []);
     this.grip.setAttribute("x", left + wide + 4);
     this.label.setAttribute("x", left + wide + 30);
     this.label.textContent = `↕ ${cut}`;
     filled(this.handle, {
-      "aria-valuemin": 0, "aria-valuemax": this.top, "aria-valuenow": cut,
+      "aria-valuemin": 0, "aria-valuemax": Math.max(cut, this.top), "aria-valuenow": cut,
       "aria-valuetext": `${cut}: ${counted(clusters.length, "cluster")}`,
     }, []);
   }

@@ -74,21 +74,20 @@ async function follow({ state }) {
   view.beside = beside !== null;
   view.places[own.number] = own.place;
   if (beside) view.places[beside.number] = beside.place;
-  await render();
-  write(false);
+  if (await render()) write(false);
 }
 
-// Goes to a unit of a set and remembers the way back.
+// Goes to a unit of a set and remembers the way back. The cut stays: heights of different units are of one kind.
 async function visit(number, place) {
   view.set = number;
-  view.places[number] = place;
-  await render();
+  view.places[number] = { cut: view.places[number].cut, ...place };
+  if (!(await render())) return; // the reader has gone on meanwhile
   write(true);
   noteVisit();
   const { unit } = view.places[number];
   say(`${nounOf(set())} ${unit}: ${panes[number].find(".summary").textContent || panes[number].find(".none").textContent}`);
   if (byId("finder").classList.contains("open")) toggleFinder(false);
-  panes[number].find("h2").focus({ preventScroll: true });
+  if (document.activeElement.tagName !== "BUTTON") panes[number].find("h2").focus({ preventScroll: true });
   const top = panes[number].root.getBoundingClientRect().top;
   if (top < 0) panes[number].root.scrollIntoView();
 }
@@ -100,9 +99,12 @@ function adjust(number, place) {
   write(false);
 }
 
+let renders = 0;
+
 async function render() {
-  const shown = view.beside ? index.sets.map((_, number) => number) : [view.set];
-  byId("panes").replaceChildren(...shown.map((number) => panes[number].root));
+  const own = ++renders, shown = view.beside ? index.sets.map((_, number) => number) : [view.set];
+  const roots = shown.map((number) => panes[number].root), inPlace = [...byId("panes").children];
+  if (roots.length !== inPlace.length || roots.some((root, i) => root !== inPlace[i])) byId("panes").replaceChildren(...roots);
   byId("panes").classList.toggle("beside", view.beside);
   byId("beside").checked = view.beside;
   takeUp(view.set);
@@ -113,8 +115,10 @@ async function render() {
       trouble(error);
     }
   }
+  if (own !== renders) return false;
   document.title = `${nounOf(set())} ${view.places[view.set].unit} · ${index.title}`;
   markCurrent();
+  return true;
 }
 
 // The set that the finder speaks of; of two side by side, the one that was touched last.

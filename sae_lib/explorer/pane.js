@@ -8,7 +8,7 @@ const ABOUT = {
   intra_distance: ["Within clusters", "mean distance of two examples of one cluster"],
   inter_distance: ["Across clusters", "mean distance of two examples of different clusters"],
   examples: ["Examples", "texts on which it is near its largest activation, at most the first 100 met"],
-  frequency: ["Density", "share of all tokens on which it is active"],
+  frequency: ["Frequency", "share of all tokens on which it is active"],
   maximum: ["Largest activation", "over all tokens that were read"],
   participation: ["Participation", "how many input dimensions its weights use, in effect; with few, distances shrink by themselves"],
 };
@@ -77,7 +77,7 @@ class Pane {
   }
 
   load(number, unit, texts) {
-    Object.assign(this, { shown: number, unit, texts, cut: null, cluster: null, importance: "activation" });
+    Object.assign(this, { shown: number, unit, texts, cut: null, cluster: null, clusters: [] });
     const { maximum, frequency, examples, max_distance: largest } = this.summary;
     const noun = nounOf(this.set), name = `${noun[0].toUpperCase()}${noun.slice(1)} ${number}`;
     this.find("h2").textContent = name;
@@ -118,6 +118,7 @@ class Pane {
 
   // The cluster in view stays the one that holds its central example.
   moveCut(height, done) {
+    if (!this.clusters.length) return;
     if (height !== this.cut) {
       const central = this.clusters[this.cluster][0];
       this.recut(height);
@@ -221,7 +222,7 @@ class Pane {
   // Drawings -----------------------------------------------------------------------------------------------------------------
 
   showDrawings() {
-    if (!this.clusters || !this.unit.examples.length || this.cluster === null) return;
+    if (!this.clusters?.length || this.cluster === null) return;
     const { unit, cut, clusters, labels, cluster: selected } = this;
     this.tree.show({ tree: unit.tree, order: unit.order, cut, usual: this.set.threshold, clusters, labels, selected });
     this.map.show({ places: unit.map, labels, selected, central: clusters[selected][0] });
@@ -235,6 +236,7 @@ class Pane {
   // Windows ------------------------------------------------------------------------------------------------------------------
 
   showWindows() {
+    if (!this.clusters.length) return;
     const importance = this.find(".options input:checked").value === "importance";
     const members = [...this.clusters[this.cluster]], [central] = members;
     const first = (example) => (example === this.marked ? 2 : 0) + (importance && example in this.unit.importance ? 1 : 0);
@@ -308,7 +310,8 @@ class Pane {
     const own = { ...this.summary, clusters: this.clusters.length, ...meanDistances(this.distances, this.labels) };
     const names = [...Object.keys(ABOUT), ...Object.keys(own).filter((name) => !(name in ABOUT))];
     const rows = names.filter((name) => name in own).map((name) => {
-      const [title, meaning] = ABOUT[name] ?? [name.replaceAll("_", " "), ""];
+      const [usual, meaning] = ABOUT[name] ?? [name.replaceAll("_", " "), ""];
+      const title = name === "frequency" && this.set.kind === "latents" ? "Density" : usual;
       const value = own[name], whole = ["clusters", "examples"].includes(name);
       const text = value === null ? "–" : name === "frequency" ? percent(value) : rounded(value, whole ? 0 : name === "participation" ? 1 : 2);
       const cutDecides = ["clusters", "intra_distance", "inter_distance"].includes(name) && this.cut !== this.set.threshold;

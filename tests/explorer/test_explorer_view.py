@@ -258,6 +258,18 @@ def test_the_cut_is_dragged_by_a_finger(page, address):
     context.close()
 
 
+def test_the_cut_stays_from_unit_to_unit(show):
+    page = show(f"#unit={MANY}&cut=0.2")
+    page.keyboard.press("j")
+    at(page, MANY + 1)
+    assert page.locator(".cut").get_attribute("aria-valuenow") == "0.2"
+    assert page.url.endswith(f"#set=neurons-1&unit={MANY + 1}&cut=0.2")
+    page.keyboard.press("0")
+    page.keyboard.press("k")
+    at(page, MANY)
+    assert page.locator(".cut").get_attribute("aria-valuenow") == "0.5"
+
+
 def test_steps_of_the_cut_change_the_clusters_by_as_few_as_can_be(show):
     page = show(f"#unit={MANY}&cut=2")
     for key in ("]", "]", "]"):
@@ -432,6 +444,26 @@ def test_units_without_or_with_one_example_are_told_of(show):
     assert page.locator("dd[data-name=mean_distance]").inner_text().startswith("–")
 
 
+def test_keys_do_no_harm_to_a_unit_without_examples(show):
+    page = show(f"#unit={MANY}")
+    page.fill("#number", str(DEAD))
+    page.press("#number", "Enter")
+    at(page, DEAD)
+    for key in "[]0i":
+        page.keyboard.press(key)
+    assert page.locator(".none").is_visible()
+
+
+def test_data_that_cannot_be_read_are_said_to_be_so(page, path, tmp_path):
+    text = path.read_text(encoding="utf-8")
+    head = '<script type="application/octet-stream" id="explorer-part-0">'
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace(head, head + "AAAA"), encoding="utf-8")
+    page.goto(broken.as_uri())
+    page.locator("#trouble").wait_for()
+    assert page.locator("#trouble").inner_text().startswith("The page's data could not be read: ")
+
+
 # Finding --------------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +487,17 @@ def test_units_are_found_by_number_and_the_way_back_is_kept(show):
     page.locator("#visits summary").click()
     page.locator("#visited a").last.click()
     at(page, MANY)
+
+
+def test_who_is_in_a_hurry_gets_the_last_unit_asked_for(show):
+    page = show("#unit=40")
+    for _ in range(6):
+        page.keyboard.press("j")
+    at(page, 46)
+    until(page, "location.hash === '#set=neurons-1&unit=46'")
+    page.locator("#back").click()
+    until(page, "!location.hash.endsWith('unit=46')")
+    assert page.locator("#forward").is_enabled()
 
 
 def test_random_goes_to_another_unit_of_the_list_that_has_examples(show):
@@ -640,10 +683,10 @@ def test_two_sets_stand_side_by_side_and_each_keeps_its_own_place(show):
     page.fill("#number", "9")
     page.press("#number", "Enter")
     until(page, "document.querySelectorAll('.pane h2')[1].textContent === 'Latent 9'")
-    assert page.evaluate("location.hash") == f"#set=topk&unit=9&beside=neurons-1:{MANY}:0:0.5"
+    assert page.evaluate("location.hash") == f"#set=topk&unit=9&cut=0.4&beside=neurons-1:{MANY}:0:0.5"
     page.uncheck("#beside")
     until(page, "document.querySelectorAll('.pane').length === 1")
-    assert page.evaluate("location.hash") == "#set=topk&unit=9"
+    assert page.evaluate("location.hash") == "#set=topk&unit=9&cut=0.4"
     assert page.locator("h2").first.inner_text() == "Latent 9"
 
 
