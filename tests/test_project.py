@@ -47,6 +47,7 @@ ORDER = [
     "saes",
     "superposition",
     "neuron_embeddings",
+    "neuron_clusters",
     "interruption",
     "state",
     "checkpoint",
