@@ -108,6 +108,7 @@ class Trained:
 
 def run(one: Experiment, seed: int, saes: Sequence[Planned], ground: Ground, work: Path) -> tuple[list[Row], list[str]]:
     """The rows of one seed. All that is done is kept in `work`, so that nothing is done twice if this is stopped."""
+    work.mkdir(exist_ok=True)
     trained, missed = train_all(saes, seed, ground, work)
     train_twins(trained, seed, ground, work / "twins")
     rows = []

@@ -148,6 +148,14 @@ def test_an_l0_out_of_reach_leaves_its_row_out_and_says_so(asked, tmp_path):
     assert missed[0].startswith("ReLU, {'d_sae': 16, 'target': 40}, seed 0: L0 must come within 3% of 40")
 
 
+def test_an_experiment_may_train_nothing(asked):
+    description = yaml.safe_load(asked["path"].read_text())
+    parts = description["chapter"]["name"]
+    parts["saes"] = {"PCA": parts["saes"]["PCA"]}
+    asked["path"].write_text(yaml.safe_dump(description))
+    assert reproduce.reproduce(**asked) == (2, [])
+
+
 def test_a_metric_that_is_no_number_is_stored_as_unknown(asked, monkeypatch, tmp_path):
     broken = {"reconstruction": lambda saes, *_: [{"fvu": float("nan"), "l0": 1.0}] * len(saes)}
     monkeypatch.setattr(reproduce, "MEASURES", MEASURES | broken)
