@@ -37,7 +37,7 @@ const startOf = ([, position]) => Math.max(0, position - BACK);
 
 const nounOf = (set) => (set.kind === "latents" ? "latent" : "neuron");
 
-// Clusters -------------------------------------------------------------------------------------------------------------
+// Clusters ------------------------------------------------------------------------------------------------------------
 
 // Cosine distances between a unit's examples, as a full matrix; they are stored in 255ths of the largest.
 function distancesOf(unit, largest) {
@@ -106,7 +106,7 @@ function shareBelow(set, name, value) {
   return known.filter((each) => each < value).length / Math.max(1, known.length);
 }
 
-// Search ---------------------------------------------------------------------------------------------------------------
+// Search --------------------------------------------------------------------------------------------------------------
 
 const plain = (text) => text.trim().toLowerCase();
 
@@ -159,7 +159,7 @@ async function searchText(set, query, report) {
   return new Map(units.sort((a, b) => b[1].count - a[1].count));
 }
 
-// Text that can be seen ------------------------------------------------------------------------------------------------
+// Text that can be seen -----------------------------------------------------------------------------------------------
 
 // Line breaks, tabs, other control characters, and marks that would turn the direction of what follows or show nothing.
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
@@ -190,6 +190,16 @@ function rounded(value, digits = 2) {
   return value.toFixed(digits);
 }
 
-const percent = (share) => `${share && share < 0.001 ? (100 * share).toPrecision(1) : (100 * share).toFixed(share < 0.1 ? 2 : 0)} %`;
+function percent(share) {
+  const digits = share < 0.1 ? 2 : 0;
+  return `${share && share < 0.001 ? (100 * share).toPrecision(1) : (100 * share).toFixed(digits)} %`;
+}
+
+// A measure's value as it is shown.
+function inWords(measure, value) {
+  if (value === null) return "–";
+  if (measure === "frequency") return percent(value);
+  return rounded(value, { clusters: 0, examples: 0, participation: 1 }[measure] ?? 2);
+}
 
 const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;

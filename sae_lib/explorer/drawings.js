@@ -22,7 +22,9 @@ function filled(element, attributes, children) {
   return element;
 }
 
-// A cluster's sign: a colour and a shape, so that it can be told without its colour. -------------------------------------
+const span = (name, ...children) => make("span", { class: name }, ...children);
+
+// A cluster's sign: a colour and a shape, so that it can be told without its colour. ----------------------------------
 
 const SHAPES = [
   "M1 0A1 1 0 1 1-1 0A1 1 0 1 1 1 0Z",
@@ -40,7 +42,7 @@ const signOf = (cluster) => ({ class: `sign colour-${cluster % COLOURS}`, d: SHA
 const sign = (cluster) =>
   draw("svg", { class: "inline-sign", viewBox: "-1.5 -1.5 3 3", "aria-hidden": "true" }, draw("path", signOf(cluster)));
 
-// The one small note that follows what is pointed at. ------------------------------------------------------------------------
+// The one small note that follows what is pointed at. -----------------------------------------------------------------
 
 const tip = {
   box: make("div", { class: "tip", role: "presentation", hidden: true }),
@@ -55,7 +57,7 @@ const tip = {
   hide() { this.box.hidden = true; },
 };
 
-// Tree -------------------------------------------------------------------------------------------------------------------
+// Tree ----------------------------------------------------------------------------------------------------------------
 
 // The dendrogram: leaves at the bottom, distances upwards, and a line that cuts it and can be moved.
 class Tree {
@@ -175,7 +177,7 @@ class Tree {
   }
 }
 
-// Map ----------------------------------------------------------------------------------------------------------------------
+// Map -----------------------------------------------------------------------------------------------------------------
 
 // The examples as points: near ones have near embeddings. Arrow keys walk to the nearest point in a direction.
 class ExampleMap {
@@ -185,7 +187,9 @@ class ExampleMap {
     this.svg.addEventListener("pointerover", ({ target }) => this.aim(target.dataset.example ?? null));
     this.svg.addEventListener("pointerleave", () => this.aim(null));
     this.svg.addEventListener("click", ({ target }) => target.dataset.example && open(Number(target.dataset.example)));
-    this.svg.addEventListener("focus", () => this.svg.matches(":focus-visible") && this.aim(this.aimed ?? this.central));
+    this.svg.addEventListener("focus", () => {
+      if (this.svg.matches(":focus-visible")) this.aim(this.aimed ?? this.central);
+    });
     this.svg.addEventListener("blur", () => this.aim(null));
     this.svg.addEventListener("keydown", (event) => {
       const direction = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
@@ -234,9 +238,9 @@ class ExampleMap {
   }
 }
 
-// Histogram ------------------------------------------------------------------------------------------------------------------
+// Histogram -----------------------------------------------------------------------------------------------------------
 
-// Activations above zero, one bar an interval, heights on a logarithmic scale; bars from which examples come are marked.
+// Activations above zero, one bar an interval, heights on a logarithmic scale. Examples come from the marked bars.
 function drawHistogram(svg, { edges, counts }, from) {
   const width = svg.clientWidth || 260, height = svg.clientHeight || 110, floor = height - 18;
   const most = Math.log1p(Math.max(1, ...counts));
@@ -258,13 +262,13 @@ function drawHistogram(svg, { edges, counts }, from) {
     draw("text", { x: width, y: height - 4, "text-anchor": "end" }, rounded(edges.at(-1))),
   );
   const total = counts.reduce((sum, count) => sum + count, 0);
-  svg.setAttribute("aria-label", `Activations of ${counted(total, "token")}, up to ${rounded(edges.at(-1))}; most are small`);
+  svg.setAttribute("aria-label", `Activations of ${counted(total, "token")}, from 0 up to ${rounded(edges.at(-1))}`);
 }
 
-// All units ----------------------------------------------------------------------------------------------------------------------
+// All units -----------------------------------------------------------------------------------------------------------
 
-// Each unit a dot: how often it is active, on a logarithmic scale, and how far its examples are apart. Those of the list
-// are dark, the one in view has a ring. Gives the dots' places back.
+// Each unit a dot: how often it is active, on a logarithmic scale, and how far its examples are apart. Those of the
+// list are dark, the one in view has a ring. Gives the dots' places back.
 function drawOverview(svg, { frequency, mean_distance: distance }, listed, current) {
   const width = svg.clientWidth || 230, height = svg.clientHeight || 110, edge = 6;
   const known = distance.map((_, unit) => unit).filter((unit) => distance[unit] !== null && frequency[unit] > 0);
@@ -274,7 +278,7 @@ function drawOverview(svg, { frequency, mean_distance: distance }, listed, curre
   const dots = new Map(known.map((unit, i) => [unit, [
     edge + ((logs[i] - low) / wide) * (width - 2 * edge), height - edge - (distance[unit] / most) * (height - 2 * edge),
   ]]));
-  const path = (units) => units.filter((unit) => dots.has(unit)).map((unit) => `M${dots.get(unit).join(" ")}h0`).join("");
+  const path = (units) => units.map((unit) => (dots.has(unit) ? `M${dots.get(unit).join(" ")}h0` : "")).join("");
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const [x, y] = dots.get(current) ?? [-99, -99];
   svg.replaceChildren(
@@ -285,7 +289,7 @@ function drawOverview(svg, { frequency, mean_distance: distance }, listed, curre
   return dots;
 }
 
-// Windows of tokens --------------------------------------------------------------------------------------------------------------
+// Windows of tokens ---------------------------------------------------------------------------------------------------
 
 // A window's tokens, each with its strength in [0, 1] for the colour and what is told of it.
 function tokenSpans(words, strengths, told, key) {
@@ -327,8 +331,9 @@ function tellTokens(list, say) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!text) return;
     if (step) {
-      const spans = [...text.querySelectorAll("[data-told]")], now = spans.findIndex((each) => each.classList.contains("here"));
-      const next = now < 0 ? spans.findIndex((each) => each.classList.contains("key")) : now + step;
+      const spans = [...text.querySelectorAll("[data-told]")];
+      const placeOf = (name) => spans.findIndex((each) => each.classList.contains(name));
+      const next = placeOf("here") < 0 ? placeOf("key") : placeOf("here") + step;
       if (!spans[next]) return event.preventDefault();
       tell(spans[next]);
       say(`${spans[next].dataset.token}: ${spans[next].dataset.told}`);

@@ -1,7 +1,6 @@
-// The page: what is in view, its address, and the ways to find a unit.
+// The page: what is in view, its address, its keys and colours.
 
 const byId = (id) => document.getElementById(id);
-const ROWS = 50; // of the list, shown at first
 
 // What is in view: for each set a place { unit, cut, cluster }, which set is read, and whether both are.
 const view = { set: 0, beside: false, places: index.sets.map(() => null) };
@@ -11,7 +10,7 @@ const set = () => index.sets[view.set];
 
 function say(text) { byId("said").textContent = text; }
 
-// Address ----------------------------------------------------------------------------------------------------------------
+// Address -------------------------------------------------------------------------------------------------------------
 
 // #set=neurons-1&unit=217&cluster=2&cut=0.4, and beside=topk.12.0.0.5 for the place in the other set.
 function addressOf(number, { unit, cluster, cut, example }, beside = null) {
@@ -33,7 +32,8 @@ function readAddress(hash) {
     const number = index.sets.findIndex((each) => each.key === key);
     const valid = number >= 0 && /^\d+$/.test(unit ?? "") && Number(unit) < index.sets[number].n;
     const known = Object.entries(rest).filter(([, text]) => text !== null && text !== "" && Number(text) >= 0);
-    return valid ? { number, place: { unit: Number(unit), ...Object.fromEntries(known.map(([name, text]) => [name, Number(text)])) } } : null;
+    const numbers = Object.fromEntries(known.map(([name, text]) => [name, Number(text)]));
+    return valid ? { number, place: { unit: Number(unit), ...numbers } } : null;
   };
   const rest = { cluster: asked.get("cluster"), cut: asked.get("cut"), example: asked.get("example") };
   const own = placeIn(asked.get("set") ?? index.sets[0].key, asked.get("unit"), rest);
@@ -85,7 +85,7 @@ async function visit(number, place) {
   write(true);
   noteVisit();
   const { unit } = view.places[number];
-  say(`${nounOf(set())} ${unit}: ${panes[number].find(".summary").textContent || panes[number].find(".none").textContent}`);
+  say(`${nounOf(set())} ${unit}: ${panes[number].told}`);
   if (byId("finder").classList.contains("open")) toggleFinder(false);
   if (document.activeElement.tagName !== "BUTTON") panes[number].find("h2").focus({ preventScroll: true });
   const top = panes[number].root.getBoundingClientRect().top;
@@ -103,8 +103,10 @@ let renders = 0;
 
 async function render() {
   const own = ++renders, shown = view.beside ? index.sets.map((_, number) => number) : [view.set];
-  const roots = shown.map((number) => panes[number].root), inPlace = [...byId("panes").children];
-  if (roots.length !== inPlace.length || roots.some((root, i) => root !== inPlace[i])) byId("panes").replaceChildren(...roots);
+  if (String(shown) !== byId("panes").dataset.shown) {
+    byId("panes").replaceChildren(...shown.map((number) => panes[number].root));
+  }
+  byId("panes").dataset.shown = String(shown);
   byId("panes").classList.toggle("beside", view.beside);
   byId("beside").checked = view.beside;
   takeUp(view.set);
@@ -136,161 +138,7 @@ function trouble(error) {
     : `The page's data could not be read: ${error.message}`;
 }
 
-// Finder: sort, filter, search ------------------------------------------------------------------------------------------------
-
-const SORTS = [
-  ["number", "number", 1],
-  ["mean_distance", "polysemanticity", -1],
-  ["clusters", "clusters", -1],
-  ["frequency", "frequency", -1],
-  ["examples", "examples", -1],
-  ["maximum", "largest activation", -1],
-];
-const RANGES = [
-  ["mean_distance", "Polysemanticity", 1],
-  ["frequency", "Frequency, %", 100],
-  ["clusters", "Clusters", 1],
-];
-const finder = { set: null, turn: 1, rows: ROWS, found: null, told: "", units: [] };
-
-const orderOf = (name) => SORTS.find(([each]) => each === name)[2];
-
-function showFinder() {
-  const { n, key } = set();
-  finder.set = view.set;
-  finder.found = null;
-  byId("number").max = n - 1;
-  byId("number").placeholder = `${nounOf(set())}, 0 to ${n - 1}`;
-  for (const radio of byId("sets").querySelectorAll("input")) radio.checked = radio.value === key;
-  if (byId("query").value.trim()) runSearch();
-  else list();
-}
-
-function list() {
-  const { summary, n } = set();
-  const status = byId("status").value, sort = byId("sort").value;
-  const bounds = RANGES.map(([name, , scale]) => {
-    const [low, high] = ["low", "high"].map((end) => byId(`${name}-${end}`).value);
-    return [summary[name], low === "" ? -Infinity : low / scale, high === "" ? Infinity : high / scale, low + high !== ""];
-  }).filter(([, , , bounded]) => bounded);
-  const fits = (unit) =>
-    (status === "all" || status === statusOf(summary, unit)) &&
-    (finder.found === null || finder.found.has(unit)) &&
-    bounds.every(([values, low, high]) => values[unit] !== null && values[unit] >= low && values[unit] <= high);
-  finder.units = Array.from({ length: n }, (_, unit) => unit).filter(fits);
-  const value = sort === "number" ? (unit) => unit : (unit) => summary[sort][unit];
-  finder.units.sort((a, b) => {
-    const [one, other] = [value(a), value(b)];
-    if (one === null || other === null) return (one === null) - (other === null) || a - b; // the undefined come last
-    return (one - other) * finder.turn || a - b;
-  });
-  finder.rows = ROWS;
-  const of = finder.units.length === n ? "" : ` of ${n.toLocaleString("en")}`;
-  byId("count").textContent = `${finder.units.length.toLocaleString("en")}${of} ${nounOf(set())}s${finder.told}`;
-  showRows();
-}
-
-const statusOf = ({ examples, frequency }, unit) => (examples[unit] ? "shown" : frequency[unit] ? "quiet" : "dead");
-
-function showRows() {
-  byId("list").replaceChildren(...finder.units.slice(0, finder.rows).map(rowOf));
-  const left = finder.units.length - finder.rows;
-  const sort = byId("sort").value;
-  byId("measure").textContent = SORTS.find(([name]) => name === (sort === "number" ? "mean_distance" : sort))[1];
-  byId("more").hidden = left <= 0;
-  byId("more").textContent = `Show ${Math.min(left, 4 * ROWS)} more of ${left.toLocaleString("en")}`;
-  markCurrent();
-}
-
-function rowOf(unit) {
-  const { summary, keys } = set(), found = finder.found?.get(unit);
-  const named = byId("sort").value === "number" ? "mean_distance" : byId("sort").value;
-  const value = summary[named][unit];
-  const status = statusOf(summary, unit);
-  const text = status !== "shown" ? status : named === "frequency" ? percent(value) : rounded(value, Number.isInteger(value) && named !== "maximum" ? 0 : 2);
-  const bar = make("i", { "aria-hidden": "true" });
-  if (status === "shown" && value !== null) bar.style.setProperty("--share", shareBelow(set(), named, value).toFixed(3));
-  const place = found?.example === undefined ? { unit } : { unit, example: found.example };
-  const words = found?.count ? counted(found.count, "text") : (keys?.[unit] ?? []).map((id) => make("bdi", {}, wordOf(index.vocab[id])));
-  return make(
-    "li", { "data-unit": unit },
-    panes[view.set].link(view.set, place, make("b", {}, String(unit)), make("span", { class: "words" }, words), bar, make("span", { class: "value" }, text)),
-  );
-}
-
-function markCurrent() {
-  const unit = view.places[view.set]?.unit;
-  finder.dots = drawOverview(byId("overview").firstElementChild, set().summary, finder.units, unit);
-  for (const row of byId("list").children) {
-    if (Number(row.dataset.unit) === unit) row.firstChild.setAttribute("aria-current", "true");
-    else row.firstChild.removeAttribute("aria-current");
-  }
-}
-
-// The unit whose dot is nearest to a place on the overview, if one is near.
-function unitNear({ clientX, clientY }) {
-  const box = byId("overview").firstElementChild.getBoundingClientRect();
-  let best = null, least = 144;
-  for (const [unit, [x, y]] of finder.dots) {
-    const far = (x - clientX + box.left) ** 2 + (y - clientY + box.top) ** 2;
-    if (far < least) [best, least] = [unit, far];
-  }
-  return best;
-}
-
-let searches = 0;
-
-async function runSearch() {
-  const query = byId("query").value, own = ++searches, inTexts = document.querySelector("[name=where]:checked").value === "text";
-  finder.told = "";
-  finder.found = null;
-  if (!plain(query)) return list();
-  if (inTexts) {
-    const report = (share) => { if (own === searches) byId("count").textContent = `Reading the texts: ${Math.round(100 * share)} %`; };
-    const found = await searchText(set(), query, report);
-    if (own !== searches) return;
-    finder.found = found;
-    finder.told = ` with a text that holds ${quoted(query)}`;
-  } else {
-    const { tokens, units } = searchTokens(set(), query);
-    finder.found = new Map(units.map((unit) => [unit, {}]));
-    const shown = tokens.slice(0, 3).map((token) => visibleToken(token)).join(", ");
-    finder.told = units.length
-      ? ` with the key token ${shown}${tokens.length > 3 ? ` and ${tokens.length - 3} more` : ""}`
-      : ` with a key token that begins with ${quoted(query)}`;
-  }
-  list();
-  say(byId("count").textContent);
-}
-
-function step(direction) {
-  const units = finder.units, now = units.indexOf(view.places[view.set].unit);
-  const next = now < 0 ? units[0] : units[now + direction];
-  if (next !== undefined) visit(view.set, { unit: next });
-}
-
-function random() {
-  const others = finder.units.filter((unit) => set().summary.examples[unit] && unit !== view.places[view.set].unit);
-  if (others.length) visit(view.set, { unit: others[Math.floor(Math.random() * others.length)] });
-}
-
-const visited = [];
-
-function noteVisit() {
-  const number = view.set, { unit } = view.places[number];
-  const old = visited.findIndex((each) => each.number === number && each.unit === unit);
-  if (old >= 0) visited.splice(old, 1);
-  visited.unshift({ number, unit });
-  visited.splice(20);
-  byId("visits").hidden = visited.length < 2;
-  byId("visited").replaceChildren(...visited.map((each) => {
-    const { key, name } = index.sets[each.number];
-    const label = `${nounOf(index.sets[each.number])} ${each.unit}${index.sets.length > 1 ? `, ${name}` : ""}`;
-    return make("li", { "data-set": key }, panes[each.number].link(each.number, { unit: each.unit }, label));
-  }));
-}
-
-// Keys, colours, dialogs ----------------------------------------------------------------------------------------------------------
+// Keys, colours, dialogs ----------------------------------------------------------------------------------------------
 
 const KEYS = [
   ["/", "search", () => { toggleFinder(true); byId("query").focus(); }],
@@ -312,8 +160,12 @@ const KEYS = [
 const swap = () => byId("sets").querySelector("input:not(:checked)").click();
 
 const stored = {
-  get(name) { try { return localStorage.getItem(`explorer-${name}`); } catch { return null; } },
-  set(name, value) { try { localStorage.setItem(`explorer-${name}`, value); } catch { /* a page from disk may keep nothing */ } },
+  get(name) {
+    try { return localStorage.getItem(`explorer-${name}`); } catch { return null; }
+  },
+  set(name, value) {
+    try { localStorage.setItem(`explorer-${name}`, value); } catch { /* some pages may keep nothing */ }
+  },
 };
 
 function paint(theme) {
@@ -329,11 +181,7 @@ function toggleFinder(open) {
   byId("browse").setAttribute("aria-expanded", String(open));
 }
 
-function setUp() {
-  document.querySelector("h1").textContent = index.title;
-  document.body.append(tip.box);
-  byId("skip").addEventListener("click", () => panes[view.set].find(".tabs [tabindex='0']")?.focus());
-
+function setUpSets() {
   if (index.sets.length > 1) {
     byId("sets").hidden = byId("beside-label").hidden = false;
     byId("sets").append(...index.sets.map(({ key, name }) =>
@@ -341,62 +189,24 @@ function setUp() {
   }
   byId("sets").addEventListener("change", ({ target }) => {
     const number = index.sets.findIndex(({ key }) => key === target.value);
-    if (view.beside) { takeUp(number); write(false); panes[number].root.scrollIntoView({ block: "nearest" }); }
-    else visit(number, view.places[number]);
+    if (!view.beside) return visit(number, view.places[number]);
+    takeUp(number);
+    write(false);
+    panes[number].root.scrollIntoView({ block: "nearest" });
   });
   byId("beside").addEventListener("change", async ({ target }) => {
     view.beside = target.checked;
     await render();
     write(false);
   });
-
   panes.forEach((pane, number) => pane.root.addEventListener("focusin", () => takeUp(number)));
-
-  byId("by-number").addEventListener("submit", (event) => {
-    event.preventDefault();
-    visit(view.set, { unit: Number(byId("number").value) });
-    byId("number").value = "";
-  });
-  byId("random").addEventListener("click", random);
   byId("back").addEventListener("click", () => history.back());
   byId("forward").addEventListener("click", () => history.forward());
   addEventListener("popstate", follow);
+}
 
-  let pause;
-  byId("search").addEventListener("submit", (event) => { event.preventDefault(); clearTimeout(pause); runSearch(); });
-  byId("search").addEventListener("input", () => { clearTimeout(pause); pause = setTimeout(runSearch, 250); });
-
-  byId("sort").append(...SORTS.map(([name, label]) => make("option", { value: name }, label)));
-  const turn = (to) => {
-    finder.turn = to;
-    byId("turn").textContent = to > 0 ? "↑" : "↓";
-    byId("turn").setAttribute("aria-label", `Order: ${to > 0 ? "smallest" : "largest"} first`);
-  };
-  byId("sort").addEventListener("change", ({ target }) => { turn(orderOf(target.value)); list(); });
-  byId("turn").addEventListener("click", () => { turn(-finder.turn); list(); });
-  byId("ranges").append(...RANGES.map(([name, label]) => make(
-    "fieldset", { class: "range" }, make("legend", { class: "label" }, label),
-    ...[["low", "from"], ["high", "to"]].map(([end, placeholder]) =>
-      make("input", { type: "number", step: "any", min: 0, id: `${name}-${end}`, placeholder, "aria-label": `${label} ${placeholder}` })),
-  )));
-  byId("filters").addEventListener("input", list);
-  byId("clear").addEventListener("click", () => {
-    byId("status").value = "all";
-    for (const input of byId("ranges").querySelectorAll("input")) input.value = "";
-    list();
-  });
-  const overview = byId("overview").firstElementChild;
-  overview.addEventListener("pointermove", (event) => {
-    const unit = unitNear(event), { mean_distance: distance, frequency } = set().summary;
-    if (unit === null) return tip.hide();
-    const { clientX: left, clientY: y } = event, told = `${rounded(distance[unit])}, active on ${percent(frequency[unit])}`;
-    tip.showAt({ left, top: y - 6, bottom: y + 6, width: 0 }, `${nounOf(set())} ${unit}`, told);
-  });
-  overview.addEventListener("pointerleave", () => tip.hide());
-  overview.addEventListener("click", (event) => unitNear(event) !== null && visit(view.set, { unit: unitNear(event) }));
-  byId("more").addEventListener("click", () => { finder.rows += 4 * ROWS; showRows(); });
-  byId("browse").addEventListener("click", () => toggleFinder(!byId("finder").classList.contains("open")));
-
+function setUpTools() {
+  const pair = (term, text) => make("div", {}, make("dt", {}, term), make("dd", {}, text));
   byId("theme").addEventListener("click", () => {
     const themes = ["system", "light", "dark"];
     paint(themes[(themes.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3]);
@@ -404,25 +214,33 @@ function setUp() {
   });
   paint(stored.get("theme") ?? "system");
   byId("help").addEventListener("click", () => byId("help-box").showModal());
+  byId("help-box").querySelector("dl").append(...KEYS.map(([key, meaning]) => pair(make("kbd", {}, key), meaning)));
   byId("about").addEventListener("click", () => byId("about-box").showModal());
-  byId("help-box").querySelector("dl").append(...KEYS.map(([key, meaning]) => make("div", {}, make("dt", {}, make("kbd", {}, key)), make("dd", {}, meaning))));
   byId("about-box").querySelector("div").append(...index.sets.map(({ name, model, site, facts = {} }) => make(
     "section", {}, make("h3", {}, name),
-    make("dl", {}, [["model", model], ["site", site], ...Object.entries(facts)].map(([fact, text]) => make("div", {}, make("dt", {}, fact), make("dd", {}, String(text))))),
+    make("dl", {}, Object.entries({ model, site, ...facts }).map(([fact, text]) => pair(fact, String(text)))),
   )));
+  byId("browse").addEventListener("click", () => toggleFinder(!byId("finder").classList.contains("open")));
+  byId("skip").addEventListener("click", () => panes[view.set].find(".tabs [tabindex='0']")?.focus());
+  addEventListener("scroll", () => tip.hide(), { passive: true });
+}
 
-  byId("single-keys").checked = stored.get("single-keys") !== "off";
-  byId("single-keys").addEventListener("change", ({ target }) => stored.set("single-keys", target.checked ? "on" : "off"));
+function setUpKeys() {
+  const allowed = byId("single-keys");
+  allowed.checked = stored.get("single-keys") !== "off";
+  allowed.addEventListener("change", () => stored.set("single-keys", allowed.checked ? "on" : "off"));
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { tip.hide(); toggleFinder(false); }
+    if (event.key === "Escape") {
+      tip.hide();
+      toggleFinder(false);
+    }
     if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
     if (event.target.matches("input:not([type=radio], [type=checkbox]), select, textarea")) return;
-    const known = byId("single-keys").checked && KEYS.find(([key]) => key === event.key);
-    if (!known) return;
+    const [, , act] = KEYS.find(([key]) => allowed.checked && key === event.key) ?? [];
+    if (!act) return;
     event.preventDefault();
-    known[2]();
+    act();
   });
-  addEventListener("scroll", () => tip.hide(), { passive: true });
 }
 
 // The first unit with something to tell: with examples in several clusters, or with examples, or any.
@@ -432,7 +250,9 @@ function firstUnit({ summary }) {
 }
 
 async function start() {
-  setUp();
+  document.querySelector("h1").textContent = index.title;
+  document.body.append(tip.box);
+  for (const prepare of [setUpSets, setUpFinder, setUpTools, setUpKeys]) prepare();
   const { own, beside } = readAddress(location.hash);
   view.places = index.sets.map((each) => ({ unit: firstUnit(each) }));
   for (const each of [own, beside]) if (each) view.places[each.number] = each.place;

@@ -24,7 +24,7 @@ VERSION = 1
 """Of the data's shape."""
 PART_UNITS = 32
 """Consecutive units of a set in one part."""
-SCRIPTS = ("data.js", "drawings.js", "pane.js", "explorer.js")
+SCRIPTS = ("data.js", "drawings.js", "pane.js", "finder.js", "explorer.js")
 """Joined in this order: each uses names of those before it."""
 MOST_BYTES = 15_000_000
 """Largest page that is written: what a browser opens from disk without effort."""

@@ -10,7 +10,9 @@ const ABOUT = {
   examples: ["Examples", "texts on which it is near its largest activation, at most the first 100 met"],
   frequency: ["Frequency", "share of all tokens on which it is active"],
   maximum: ["Largest activation", "over all tokens that were read"],
-  participation: ["Participation", "how many input dimensions its weights use, in effect; with few, distances shrink by themselves"],
+  participation: [
+    "Participation", "how many input dimensions its weights use, in effect; with few, distances shrink by themselves",
+  ],
 };
 
 class Pane {
@@ -70,6 +72,9 @@ class Pane {
     return this.place();
   }
 
+  // What is said of the unit when it is shown.
+  get told() { return this.find(".summary").textContent || this.find(".none").textContent; }
+
   place() { return { unit: this.shown, cut: this.cut, cluster: this.cluster }; }
 
   get summary() {
@@ -87,13 +92,13 @@ class Pane {
     this.root.classList.toggle("empty", !parted);
     this.find(".none").hidden = parted;
     this.find(".none").textContent = frequency
-      ? `No examples: it is active on ${percent(frequency)} of the tokens, but on no text as strongly as an example must be.`
+      ? `No examples: active on ${percent(frequency)} of the tokens, but on no text as strongly as an example must be.`
       : `No examples: this ${noun} is dead, it was never active on the tokens that were read.`;
     const mixed = this.summary.mean_distance;
-    const compared = mixed === null ? "" : `, above ${shareOfUnits(this.set, "mean_distance", mixed)}`;
-    this.find(".summary").textContent = parted
-      ? `Active on ${percent(frequency)} of tokens, up to ${rounded(maximum)}. ${counted(examples, "example")}; polysemanticity ${rounded(mixed)}${compared}.`
-      : "";
+    const above = mixed === null ? "" : sharedBy(this.set, "mean_distance", mixed);
+    const compared = mixed === null ? "" : `; polysemanticity ${rounded(mixed)}, above ${above}`;
+    const active = `Active on ${percent(frequency)} of tokens, up to ${rounded(maximum)}.`;
+    this.find(".summary").textContent = parted ? `${active} ${counted(examples, "example")}${compared}.` : "";
     this.keys = unit.examples.map(([document, position]) => index.vocab[texts[document][position]]);
     this.distances = distancesOf(unit, largest ?? 0);
     this.usual = cutTree(unit.tree, unit.examples.length, this.set.threshold);
@@ -103,7 +108,7 @@ class Pane {
     this.showRelatives();
   }
 
-  // Cut ------------------------------------------------------------------------------------------------------------------
+  // Cut ---------------------------------------------------------------------------------------------------------------
 
   recut(height) {
     if (height === this.cut) return;
@@ -133,15 +138,14 @@ class Pane {
   stepCut(direction) {
     const heights = this.unit.tree.map(([, , merged]) => merged);
     const { step } = this.tree;
-    const down = heights.filter((merged) => merged <= this.cut).at(-1), up = heights.find((merged) => merged > this.cut);
-    const target = direction > 0 ? down : up;
+    const below = heights.findLast((merged) => merged <= this.cut), above = heights.find((merged) => merged > this.cut);
+    const target = direction > 0 ? below : above;
     if (target === undefined) return;
-    const below = (height) => Number((Math.ceil(height / step - 1e-9) * step - step).toFixed(6));
-    const above = (height) => Number((Math.ceil(height / step - 1e-9) * step).toFixed(6));
-    this.moveCut(Math.max(0, direction > 0 ? below(target) : above(target)), true);
+    const upTo = Math.ceil(target / step - 1e-9) * step; // the first round height at which the merge is made
+    this.moveCut(Math.max(0, Number((direction > 0 ? upTo - step : upTo).toFixed(6))), true);
   }
 
-  // Clusters ---------------------------------------------------------------------------------------------------------------
+  // Clusters ----------------------------------------------------------------------------------------------------------
 
   showTabs() {
     const tabs = this.clusters.map((members, cluster) => {
@@ -219,7 +223,7 @@ class Pane {
     return wordsAround(this.texts[document], position, back, ahead);
   }
 
-  // Drawings -----------------------------------------------------------------------------------------------------------------
+  // Drawings ----------------------------------------------------------------------------------------------------------
 
   showDrawings() {
     if (!this.clusters?.length || this.cluster === null) return;
@@ -230,19 +234,20 @@ class Pane {
     if (unit.histogram) drawHistogram(this.find(".histogram svg"), unit.histogram, share * this.summary.maximum);
     this.find(".histogram").hidden = !unit.histogram;
     this.find(".histogram .caption").textContent =
-      `Tokens by activation, on a logarithmic scale; examples come from the dark bars, at least ${percent(share)} of the maximum.`;
+      `Tokens by activation, on a logarithmic scale. Examples come from the dark bars: ${percent(share)} of the largest or more.`;
   }
 
-  // Windows ------------------------------------------------------------------------------------------------------------------
+  // Windows -----------------------------------------------------------------------------------------------------------
 
   showWindows() {
     if (!this.clusters.length) return;
     const importance = this.find(".options input:checked").value === "importance";
     const members = [...this.clusters[this.cluster]], [central] = members;
-    const first = (example) => (example === this.marked ? 2 : 0) + (importance && example in this.unit.importance ? 1 : 0);
-    members.sort((a, b) => first(b) - first(a));
+    const known = (example) => importance && example in this.unit.importance;
+    const rank = (example) => [example === this.marked, known(example), true].indexOf(true);
+    members.sort((a, b) => rank(a) - rank(b));
     this.find(".explained").textContent = importance
-      ? "Change of the activation at the underlined token when a token is replaced by padding, as a share of what its own replacement changes."
+      ? "Change of the activation at the underlined token when a token is replaced by padding; 1: as much as by its own."
       : "Each text has its strongest token underlined; the most typical text comes first, the least typical last.";
     this.find(".largest").textContent = importance ? "1" : rounded(this.summary.maximum);
     this.find(".scale").classList.toggle("importance", importance);
@@ -268,17 +273,18 @@ class Pane {
     const bytes = this.unit.windows[example], known = this.unit.importance?.[example];
     const ids = this.texts[document].slice(start, start + bytes.length);
     const words = ids.map((id) => index.vocab[id]), key = position - start;
-    const shares = importance ? ids.map((_, i) => (i <= key && known ? known[i] / 255 : 0)) : bytes.map((byte) => byte / 255);
+    const shares = ids.map((_, i) => (!importance ? bytes[i] : i <= key && known ? known[i] : 0) / 255);
     const told = shares.map((share, i) => {
       if (!importance) return `activation ${rounded(share * this.summary.maximum)}`;
       if (!known) return "importance not computed for this text";
       return i > key ? "comes later: no importance" : `importance ${rounded(share)}`;
     });
+    const named = `${visible(words.join(""))}. Key token ${quoted(words[key])}, activation ${rounded(value)}`;
     const text = make(
       "p",
       {
         class: "text", dir: "auto", tabindex: -1, role: "group", "aria-roledescription": "text",
-        "aria-label": `${central ? "Central example. " : ""}${visible(words.join(""))}. Key token ${quoted(words[key])}, activation ${rounded(value)}`,
+        "aria-label": central ? `Central example. ${named}` : named,
       },
       tokenSpans(words, shares, told, key),
     );
@@ -297,32 +303,36 @@ class Pane {
       whole.remove();
       text.focus({ preventScroll: true });
     } }, "whole text");
-    const item = make(
-      "li", { "data-example": example, class: `${central ? "central " : ""}${cut}` }, text,
-      make("p", { class: "note" }, notes.map((note) => note && make("span", {}, note)), cut ? whole : null, make("b", {}, rounded(value))),
+    const note = make(
+      "p", { class: "note" },
+      notes.map((each) => each && make("span", {}, each)), cut ? whole : null, make("b", {}, rounded(value)),
     );
+    const item = make("li", { "data-example": example, class: `${central ? "central " : ""}${cut}` }, text, note);
     return item;
   }
 
-  // Measures -----------------------------------------------------------------------------------------------------------------
+  // Measures ----------------------------------------------------------------------------------------------------------
 
   showMeasures() {
     const own = { ...this.summary, clusters: this.clusters.length, ...meanDistances(this.distances, this.labels) };
+    const ofCut = ["clusters", "intra_distance", "inter_distance"];
     const names = [...Object.keys(ABOUT), ...Object.keys(own).filter((name) => !(name in ABOUT))];
     const rows = names.filter((name) => name in own).map((name) => {
       const [usual, meaning] = ABOUT[name] ?? [name.replaceAll("_", " "), ""];
       const title = name === "frequency" && this.set.kind === "latents" ? "Density" : usual;
-      const value = own[name], whole = ["clusters", "examples"].includes(name);
-      const text = value === null ? "–" : name === "frequency" ? percent(value) : rounded(value, whole ? 0 : name === "participation" ? 1 : 2);
-      const cutDecides = ["clusters", "intra_distance", "inter_distance"].includes(name) && this.cut !== this.set.threshold;
-      const below = value === null || cutDecides ? null : shareBelow(this.set, name, value);
+      const value = own[name], asked = ofCut.includes(name) && this.cut !== this.set.threshold;
       const track = make("span", { class: "track", "aria-hidden": "true" }, make("i"));
-      if (below !== null) track.firstChild.style.insetInlineStart = `${(100 * below).toFixed(1)}%`;
-      const told = value === null ? "undefined here" : cutDecides ? `at the cut of ${this.cut}` : `above ${shareOfUnits(this.set, name, value)}`;
+      const compared = value !== null && !asked; // with the other units, whose clusters are those of the usual cut
+      if (compared) track.firstChild.style.insetInlineStart = `${100 * shareBelow(this.set, name, value)}%`;
+      const place = asked ? `at the cut of ${this.cut}` : `above ${sharedBy(this.set, name, value)}`;
+      const told = value === null ? "undefined here" : place;
       return make(
         "div", {},
         make("dt", {}, title),
-        make("dd", { "data-name": name, "data-value": value ?? "" }, make("b", {}, text), below === null ? null : track, make("small", {}, told)),
+        make(
+          "dd", { "data-name": name, "data-value": value ?? "" },
+          make("b", {}, inWords(name, value)), compared ? track : null, make("small", {}, told),
+        ),
         make("dd", { class: "meaning" }, meaning),
       );
     });
@@ -335,14 +345,14 @@ class Pane {
     const rows = (pairs) => pairs.map(([id, logit]) => {
       const bar = make("i", { "aria-hidden": "true" });
       bar.style.setProperty("--share", (Math.abs(logit) / most).toFixed(3));
-      return make("li", {}, chip(index.vocab[id]), bar, make("span", { class: "value" }, rounded(logit)));
+      return make("li", {}, chip(index.vocab[id]), bar, span("value", rounded(logit)));
     });
     this.find(".promotes").replaceChildren(...rows(promotes));
     this.find(".suppresses").replaceChildren(...rows(suppresses));
     this.find(".logits").hidden = !promotes.length && !suppresses.length;
   }
 
-  // Others -------------------------------------------------------------------------------------------------------------------
+  // Others ------------------------------------------------------------------------------------------------------------
 
   // A link to a unit, perhaps at an example; a plain click stays in the page and in its history.
   link(set, place, ...children) {
@@ -360,15 +370,17 @@ class Pane {
     const usual = this.usual.findIndex((members) => members.includes(central));
     const similar = this.unit.similar?.[usual] ?? [];
     const list = this.find(".similar ol"), here = this.unit;
-    this.find(".similar h3").textContent = this.clusters.length > 1 ? `Similar to cluster ${this.cluster}` : "Similar clusters";
+    const several = this.clusters.length > 1;
+    const foundAt = this.cut === this.set.threshold ? "" : `, at the cut of ${this.set.threshold}`;
+    this.find(".similar h3").textContent = several ? `Similar to cluster ${this.cluster}` : "Similar clusters";
     this.find(".similar .caption").textContent = similar.length
-      ? `Clusters of other units whose central texts come from near inputs${this.cut === this.set.threshold ? "" : `, found at the cut of ${this.set.threshold}`}.`
+      ? `Clusters of other units whose central texts come from near inputs${foundAt}.`
       : "None is known.";
     list.replaceChildren(...similar.map(([set, unit, example, similarity]) => {
       const other = index.sets[set], text = make("p", { class: "text small", dir: "auto" }, "…");
       const name = `${nounOf(other)} ${unit}${set === this.number ? "" : `, ${other.name}`}`;
       this.quote(other, unit, example, text, () => this.unit === here);
-      return make("li", {}, this.link(set, { unit, example }, name), make("span", { class: "value" }, rounded(similarity)), text);
+      return make("li", {}, this.link(set, { unit, example }, name), span("value", rounded(similarity)), text);
     }));
   }
 
@@ -388,7 +400,8 @@ class Pane {
     this.find(".neighbours").hidden = !neighbours.length;
     this.find(".neighbours ol").replaceChildren(...neighbours.map(([unit, cosine]) => make(
       "li", {}, this.link(this.number, { unit }, `latent ${unit}`),
-      make("span", { class: "keys" }, (this.set.keys?.[unit] ?? []).slice(0, 2).map((id) => chip(index.vocab[id]))), make("span", { class: "value" }, rounded(cosine)),
+      span("keys", (this.set.keys?.[unit] ?? []).slice(0, 2).map((id) => chip(index.vocab[id]))),
+      span("value", rounded(cosine)),
     )));
     this.find(".absorption").hidden = this.set.kind !== "latents";
     this.find(".absorption ul").replaceChildren(...(absorption.length
@@ -400,7 +413,7 @@ class Pane {
   }
 }
 
-const shareOfUnits = (set, name, value) => `${Math.round(100 * shareBelow(set, name, value))} % of the ${nounOf(set)}s`;
+const sharedBy = (set, name, value) => `${Math.round(100 * shareBelow(set, name, value))} % of the ${nounOf(set)}s`;
 
 // Tokens outside a window: their activations are not kept.
 const restOf = (ids) => make("em", { class: "rest" }, visible(ids.map((id) => index.vocab[id]).join("")));

@@ -532,7 +532,7 @@ def test_the_search_in_texts_lists_the_units_with_such_windows_and_opens_one(sho
         for example in range(len(unit["examples"])):
             if "river money" in "".join(window(unit, example)[1]).lower():
                 expected.setdefault(number, []).append(example)
-    assert rows(page) == sorted(expected)[:50]
+    assert rows(page) == sorted(expected, key=lambda unit: (-len(expected[unit]), unit))[:50]
     number = rows(page)[1]
     row = page.locator("#list li").nth(1)
     count = len(expected[number])
