@@ -105,6 +105,17 @@ def test_words_whose_letter_another_latent_writes_are_absorbed(task, speller, no
     assert 0.9 < report["main_f1"] < 1
 
 
+@pytest.mark.parametrize("norm", [1.0, 3.0])
+def test_the_latents_that_stand_in_are_named_with_the_letter_and_their_share(task, speller, norm):
+    words, rate = absorbed(task)
+    found = task.absorbers(Dictionary(speller, words, norm))
+    d_sae = D_LETTER + 100
+    assert [absorber.latent for absorber in found] == [d_sae - 3, d_sae - 2, d_sae - 1], "one word each"
+    assert {(absorber.letter, absorber.main) for absorber in found} == {("k", 0)}
+    assert sum(absorber.share for absorber in found) == pytest.approx(4 * rate)
+    assert task.absorbers(Dictionary(speller)) == []
+
+
 def test_the_answer_is_asked_for_right_after_the_question(task, speller, monkeypatch):
     rows, pad = [], speller.pad
     monkeypatch.setattr(speller, "pad", lambda part: rows.extend(part) or pad(part))
