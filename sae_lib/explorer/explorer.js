@@ -184,8 +184,12 @@ function toggleFinder(open) {
 function setUpSets() {
   if (index.sets.length > 1) {
     byId("sets").hidden = byId("beside-label").hidden = false;
-    byId("sets").append(...index.sets.map(({ key, name }) =>
-      make("label", {}, make("input", { type: "radio", name: "set", value: key }), ` ${name}`)));
+    const alike = index.sets[0].kind === index.sets[1].kind;
+    byId("sets").classList.toggle("stacked", alike);
+    byId("sets").append(...index.sets.map((each) => make(
+      "label", { title: each.name },
+      make("input", { type: "radio", name: "set", value: each.key }), alike ? each.name : counted(each.n, nounOf(each)),
+    )));
   }
   byId("sets").addEventListener("change", ({ target }) => {
     const number = index.sets.findIndex(({ key }) => key === target.value);
@@ -243,10 +247,10 @@ function setUpKeys() {
   });
 }
 
-// The first unit with something to tell: with examples in several clusters, or with examples, or any.
-function firstUnit({ summary }) {
-  const several = summary.clusters.findIndex((clusters) => clusters > 1);
-  return Math.max(0, several >= 0 ? several : summary.examples.findIndex((examples) => examples > 0));
+// The first unit with something to tell: with many examples in several clusters, or with examples, or any.
+function firstUnit({ summary: { examples, clusters } }) {
+  const rich = examples.findIndex((count, unit) => count >= 20 && clusters[unit] > 1);
+  return Math.max(0, rich >= 0 ? rich : examples.findIndex((count) => count > 0));
 }
 
 async function start() {

@@ -24,7 +24,7 @@ class Pane {
     this.find = (selector) => this.root.querySelector(selector);
     this.root.id = `pane-${number}`;
     this.root.setAttribute("aria-label", this.set.name);
-    this.find(".where").textContent = this.set.name;
+    this.find(".where").textContent = `${this.set.model} · ${this.set.name}`;
     this.find(".panel").id = `panel-${number}`;
     for (const radio of this.root.querySelectorAll(".options input")) radio.name = `colour-${number}`;
 
@@ -86,7 +86,6 @@ class Pane {
     const { maximum, frequency, examples, max_distance: largest } = this.summary;
     const noun = nounOf(this.set), name = `${noun[0].toUpperCase()}${noun.slice(1)} ${number}`;
     this.find("h2").textContent = name;
-    this.find(".where").textContent = [this.set.name, this.set.model, this.set.site].filter(Boolean).join(" · ");
     this.find(".keys").replaceChildren(...(this.set.keys?.[number] ?? []).map((id) => chip(index.vocab[id])));
     const parted = this.unit.examples.length > 0;
     this.root.classList.toggle("empty", !parted);
@@ -262,7 +261,7 @@ class Pane {
     list.append(...this.waiting.splice(0, FIRST).map((window) => window()));
     const left = this.waiting.length, button = this.find(".panel > .more");
     button.hidden = !left;
-    button.textContent = `Show ${Math.min(left, FIRST)} more of ${left}`;
+    button.textContent = left > FIRST ? `Show ${FIRST} more of ${left}` : `Show ${left} more`;
     const next = list.children[from]?.querySelector(".text");
     if (from === 0 && next) next.tabIndex = 0;
     else next?.focus({ preventScroll: true });

@@ -374,7 +374,7 @@ def test_values_are_told_by_pointing_by_keys_and_by_tapping(show):
 def test_ten_texts_are_shown_and_it_says_how_many_more_there_are(show):
     page = show(f"#unit={MANY}&cut=2")
     count, items, more = len(UNITS[0][MANY]["examples"]), page.locator(".windows li"), page.locator(".panel > .more")
-    assert items.count() == 10
+    assert items.count() == 10 < count - 10
     assert more.inner_text() == f"Show 10 more of {count - 10}"
     more.focus()
     page.keyboard.press("Enter")
@@ -688,6 +688,31 @@ def test_two_sets_stand_side_by_side_and_each_keeps_its_own_place(show):
     until(page, "document.querySelectorAll('.pane').length === 1")
     assert page.evaluate("location.hash") == "#set=topk&unit=9&cut=0.4"
     assert page.locator("h2").first.inner_text() == "Latent 9"
+
+
+def test_alone_a_set_gives_way_to_the_other_and_is_found_again_where_it_was_left(show):
+    page = show(f"#unit={MANY}")
+    assert page.locator(".pane").count() == 1
+    assert page.locator("#sets label").all_inner_texts() == ["70 neurons", "40 latents"]
+    page.locator("#sets label").nth(1).click()
+    until(page, "document.querySelector('.pane h2').textContent.startsWith('Latent')")
+    assert page.locator("#count").inner_text() == "40 latents"
+    page.locator("#sets label").nth(0).click()
+    at(page, MANY)
+    page.check("#beside")
+    until(page, "document.querySelectorAll('.pane').length === 2")
+    assert "beside=topk:" in page.url
+
+
+def test_two_saes_are_told_apart_by_their_names(page, address, tmp_path):
+    both = INDEX | {"sets": [each | {"kind": "latents"} for each in INDEX["sets"]]}
+    (tmp_path / "both.html").write_text(filled(both, PARTS), encoding="utf-8")
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.goto((tmp_path / "both.html").as_uri())
+    until(page, OPEN)
+    assert page.locator("#sets label").all_inner_texts() == [each["name"] for each in INDEX["sets"]]
+    assert page.locator(".pane").count() == 2, "a wide window opens on both"
+    assert all(text.startswith("Latent") for text in page.locator("h2:visible").all_inner_texts())
 
 
 def test_latents_have_decoder_neighbours_absorption_and_density(show):
