@@ -62,5 +62,5 @@ def framed(html: str, height: int = 800) -> Piece:
 
     return Piece(
         f'<iframe title="Explorer" style="width: 100%; height: {int(height)}px; border: 0" loading="lazy" '
-        f'sandbox="allow-scripts" srcdoc="{escape(html)}"></iframe>'
+        f'sandbox="allow-scripts allow-forms" srcdoc="{escape(html)}"></iframe>'
     )
