@@ -217,18 +217,19 @@ def test_a_map_keeps_the_distances_of_points_in_a_plane():
 
 def test_similar_clusters_are_named_by_their_central_examples(made, gpt2):
     index, units, _ = made
-    examples = collect(neurons(gpt2, 1), TEXTS, 0.3)
+    examples, weights = collect(neurons(gpt2, 1), TEXTS, 0.3), neurons(gpt2, 1).weights
+    heads = []
+    for number, many in enumerate(index["sets"][0]["summary"]["examples"]):
+        distances = cosine_distances(embeddings(examples.of(number)[3], weights[number]))
+        heads.append(collect_module.central(distances, cut(tree(distances))).tolist() if many else [])
     for number, unit in enumerate(units):
-        assert list(unit["similar"]) == [str(i) for i in range(index["sets"][0]["summary"]["clusters"][number])]
-        for found in unit["similar"].values():
-            assert all(set_number == 0 and other != number for set_number, other, _, _ in found)
+        assert list(unit["similar"]) == [str(i) for i in range(len(heads[number]))]
+        for head, found in zip(heads[number], unit["similar"].values(), strict=True):
             assert [cosine for *_, cosine in found] == sorted((cosine for *_, cosine in found), reverse=True)
-    (_, other, example, cosine), *_ = units[0]["similar"]["0"]
-    distances = cosine_distances(embeddings(examples.of(0)[3], neurons(gpt2, 1).weights[0]))
-    head = collect_module.central(distances, cut(tree(distances)))[0]
-    assert cosine == pytest.approx(
-        F.cosine_similarity(examples.of(0)[3][head], examples.of(other)[3][example], 0).item(), abs=1e-3
-    )
+            for set_number, other, example, cosine in found:
+                assert (set_number, example in heads[other], other != number) == (0, True, True)
+                here, there = examples.of(number)[3][head], examples.of(other)[3][example]
+                assert cosine == pytest.approx(F.cosine_similarity(here, there, 0).item(), abs=1e-3)
 
 
 # Importance
@@ -260,6 +261,14 @@ def test_importance_is_written_in_255ths_of_the_key_tokens_own(made, gpt2):
             assert written_there == pytest.approx((255 * real / max(real[-1], 0.01)).clamp(0, 255).tolist(), abs=1)
 
 
+def test_importance_is_computed_for_the_largest_clusters_alone(gpt2, monkeypatch):
+    monkeypatch.setattr(collect_module, "CUT", 0.0)  # each example a cluster
+    _, parts = contents([neurons(gpt2, 1)], TEXTS, threshold=0)
+    many = [unit for unit in parts["explorer-part-0"] if len(unit["examples"]) > 3]
+    assert many
+    assert {len(unit["importance"]) for unit in many} == {3}
+
+
 # Logits
 
 
@@ -273,6 +282,14 @@ def test_promoted_tokens_are_the_logits_of_the_direction_worked_by_hand(gpt2):
     assert best.tolist() == logits.argsort(descending=True)[:4].tolist()
     assert torch.allclose(suppressed.double(), logits.sort().values[:4], rtol=1e-3)
     assert worst.tolist() == logits.argsort()[:4].tolist()
+
+
+def test_biases_of_norm_and_unembedding_promote_nothing(gpt2, monkeypatch):
+    before = logit_effects(neurons(gpt2, 1))
+    for part in (gpt2.bridge.ln_final.original_component, gpt2.bridge.unembed.original_component):
+        monkeypatch.setattr(part.bias, "data", torch.arange(len(part.bias)).float())
+    for was, now in zip(before, logit_effects(neurons(gpt2, 1)), strict=True):
+        assert torch.allclose(was.float(), now.float(), atol=1e-3)
 
 
 def test_gains_stored_as_an_offset_from_one_are_gains(monkeypatch):
