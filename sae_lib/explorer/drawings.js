@@ -79,6 +79,8 @@ class Tree {
     this.areas.addEventListener("click", ({ target }) => pick(Number(target.dataset.cluster)));
     this.handle.addEventListener("keydown", (event) => this.press(event));
     this.handle.addEventListener("pointerdown", (event) => this.grab(event));
+    // a finger on the handle moves the cut, not the page; touch-action has no effect on parts of a drawing
+    this.handle.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
   }
 
   // The line follows the pointer until it is let go.
@@ -123,7 +125,7 @@ class Tree {
     Object.assign(this, { above: 12, tall: height - 12 - 18 });
     const highest = Math.max(tree.at(-1)?.[2] ?? 0, usual) * 1.04;
     this.step = 10 ** Math.ceil(Math.log10(highest / 150));
-    this.top = Math.ceil(highest / this.step) * this.step;
+    this.top = Number((Math.ceil(highest / this.step) * this.step).toFixed(6));
     this.cutAt = cut;
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const line = this.yOf(Math.min(cut, this.top));

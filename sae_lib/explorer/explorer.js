@@ -42,33 +42,37 @@ function readAddress(hash) {
   return { own, beside: beside?.number === own?.number ? null : beside };
 }
 
-// Back and forward lead through what was visited here, and never out of the page.
-const trail = { at: 0, addresses: [] };
+// Back and forward lead through what was visited here, and never out of the page. A step has its address, and the part
+// of the browser's own that tells it apart: a page inside a notebook has no address that it may always write.
+const trail = { at: 0, steps: [] };
 
 function write(push) {
   const address = addressOf(view.set, view.places[view.set], view.beside ? 1 - view.set : null);
-  if (push) trail.addresses.splice(++trail.at);
+  if (push) trail.steps.splice(++trail.at);
   try {
     history[push ? "pushState" : "replaceState"]({ at: trail.at }, "", location.href.split("#")[0] + address);
   } catch {
-    if (push) location.hash = address; // a page inside a notebook has no address of its own to write
+    if (push) {
+      trail.steps[trail.at] = { address, hash: address }; // known before the browser tells of it
+      location.hash = address;
+    }
   }
-  trail.addresses[trail.at] = location.hash;
+  trail.steps[trail.at] = { address, hash: location.hash };
   showTrail();
 }
 
 function showTrail() {
   byId("back").disabled = trail.at === 0;
-  byId("forward").disabled = trail.at >= trail.addresses.length - 1;
+  byId("forward").disabled = trail.at >= trail.steps.length - 1;
 }
 
 async function follow({ state }) {
-  const { at, addresses } = trail, hash = location.hash;
-  if (hash === addresses[at] && (state?.at ?? at) === at) return;
-  const known = state?.at ?? [at - 1, at + 1].find((step) => addresses[step] === hash);
+  const { at, steps } = trail, { hash } = location;
+  if (hash === steps[at].hash && (state?.at ?? at) === at) return;
+  const known = state?.at ?? [at - 1, at + 1].find((step) => steps[step]?.hash === hash);
   trail.at = known ?? at + 1;
-  if (known === undefined) addresses.splice(trail.at);
-  const { own, beside } = readAddress(hash);
+  if (known === undefined) steps.splice(trail.at);
+  const { own, beside } = readAddress(steps[trail.at]?.address ?? hash);
   if (!own) return;
   view.set = own.number;
   view.beside = beside !== null;
@@ -173,7 +177,17 @@ function paint(theme) {
   else document.documentElement.dataset.theme = theme;
   byId("theme").setAttribute("aria-label", `Colours: ${theme === "system" ? "as the system" : theme}`);
   byId("theme").textContent = { system: "◐", light: "○", dark: "●" }[theme];
-  stored.set("theme", theme);
+}
+
+// Inside a page with a theme of its own, such as the book's, the colours follow it.
+function followFrame() {
+  try {
+    const outer = parent.document.documentElement;
+    const take = () => ["light", "dark"].includes(outer.dataset.theme) && paint(outer.dataset.theme);
+    if (parent === window) return;
+    new MutationObserver(take).observe(outer, { attributeFilter: ["data-theme"] });
+    take();
+  } catch { /* from disk a page may not look at the one around it */ }
 }
 
 function toggleFinder(open) {
@@ -213,10 +227,13 @@ function setUpTools() {
   const pair = (term, text) => make("div", {}, make("dt", {}, term), make("dd", {}, text));
   byId("theme").addEventListener("click", () => {
     const themes = ["system", "light", "dark"];
-    paint(themes[(themes.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3]);
+    const next = themes[(themes.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3];
+    paint(next);
+    stored.set("theme", next);
     say(byId("theme").getAttribute("aria-label"));
   });
   paint(stored.get("theme") ?? "system");
+  followFrame();
   byId("help").addEventListener("click", () => byId("help-box").showModal());
   byId("help-box").querySelector("dl").append(...KEYS.map(([key, meaning]) => pair(make("kbd", {}, key), meaning)));
   byId("about").addEventListener("click", () => byId("about-box").showModal());

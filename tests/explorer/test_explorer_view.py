@@ -155,23 +155,31 @@ def test_tokens_of_any_kind_are_shown_and_never_run(show):
     assert len(HOSTILE) > 10
 
 
-def test_it_works_inside_a_frame_that_has_no_address_of_its_own(page, address, path):
-    page.goto("about:blank")
-    page.set_content(f'<iframe width="1300" height="800" srcdoc="{escape(path.read_text(encoding="utf-8"))}"></iframe>')
-    frame = page.frames[1]
-    until(frame, "document.querySelector('.pane h2')?.textContent")
-    first = int(frame.locator("h2").first.inner_text().split()[1])
+@pytest.mark.parametrize("writes", [True, False], ids=["the address can be written", "it cannot"])
+def test_it_works_inside_a_frame_that_has_no_address_of_its_own(page, address, path, writes):
+    context = page.context.browser.new_context(viewport={"width": 1400, "height": 900})
+    outer, errors = context.new_page(), []
+    outer.on("pageerror", lambda error: errors.append(str(error)))
+    if not writes:
+        outer.add_init_script("history.pushState = history.replaceState = () => { throw new Error('refused') }")
+    outer.set_content(
+        f'<iframe width="1300" height="800" srcdoc="{escape(path.read_text(encoding="utf-8"))}"></iframe>'
+    )
+    frame = outer.frames[1]
+    until(frame, OPEN)
+    first = neuron(frame)
     for unit in (11, 12):
         frame.locator("#number").fill(str(unit))
         frame.locator("#number").press("Enter")
-        until(frame, f"document.querySelector('.pane h2').textContent === 'Neuron {unit}'")
+        at(frame, unit)
     for unit in (11, first):
         frame.locator("#back").click()
-        until(frame, f"document.querySelector('.pane h2').textContent === 'Neuron {unit}'")
+        at(frame, unit)
     assert frame.locator("#back").is_disabled()
     frame.locator("#forward").click()
-    until(frame, "document.querySelector('.pane h2').textContent === 'Neuron 11'")
-    assert page.errors == []
+    at(frame, 11)
+    assert errors == []
+    context.close()
 
 
 # Clusters -------------------------------------------------------------------------------------------------------------
@@ -223,6 +231,17 @@ def test_the_cut_moves_by_keys_and_everything_follows(show):
     assert "cut=" not in page.url
 
 
+def test_when_the_cut_moves_the_cluster_in_view_stays_with_its_central_example(show):
+    page = show(f"#unit={MANY}&cluster=1")
+    followed = int(page.locator(".map .central").get_attribute("data-example"))
+    page.locator(".cut").focus()
+    for key in ("PageDown", "PageDown", "PageUp", "End"):
+        page.keyboard.press(key)
+        chosen = page.locator("[role=tab][aria-selected=true]").get_attribute("data-cluster")
+        assert labels(page)[followed] == int(chosen)
+        followed = int(page.locator(".map .central").get_attribute("data-example"))
+
+
 def test_the_cut_is_dragged_by_the_mouse(show):
     page = show(f"#unit={MANY}")
     handle, tree = page.locator(".cut .grip"), page.locator(".tree svg").bounding_box()
@@ -249,11 +268,12 @@ def test_the_cut_is_dragged_by_a_finger(page, address):
     until(phone, "document.querySelector('.cut')?.getAttribute('aria-valuenow')")
     box, send = phone.locator(".cut .grip").bounding_box(), context.new_cdp_session(phone).send
     x, y = box["x"] + 20, box["y"] + 10
-    for kind, down in (("Start", 0), ("Move", 15), ("Move", 30), ("End", None)):
-        points = [] if down is None else [{"x": x, "y": y + down}]
+    top = float(phone.locator(".cut").get_attribute("aria-valuemax"))
+    for kind, up in (("Start", 0), *(("Move", up) for up in range(10, 130, 10)), ("End", None)):
+        points = [] if up is None else [{"x": x, "y": y - up}]
         send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
     until(phone, "location.hash.includes('cut=')")
-    assert 0 < float(phone.locator(".cut").get_attribute("aria-valuenow")) < 0.5
+    assert float(phone.locator(".cut").get_attribute("aria-valuenow")) == top
     assert phone.evaluate("scrollY") == 0, "the page stays where it is"
     context.close()
 
@@ -397,7 +417,7 @@ def test_a_window_opens_to_its_whole_text(show):
     text = item.locator(".text")
     assert len(text.text_content()) < len(seen("".join(VOCAB[token] for token in TEXTS[document])))
     item.get_by_role("button", name="whole text").click()
-    assert text.text_content() == seen("".join(VOCAB[token] for token in TEXTS[document]))
+    assert text.text_content().strip() == seen("".join(VOCAB[token] for token in TEXTS[document])).strip()
     assert item.get_by_role("button").count() == 0
     page.keyboard.press("ArrowRight")
     assert item.locator(".here.key").count() == 1
@@ -489,15 +509,16 @@ def test_units_are_found_by_number_and_the_way_back_is_kept(show):
     at(page, MANY)
 
 
-def test_who_is_in_a_hurry_gets_the_last_unit_asked_for(show):
+def test_who_is_in_a_hurry_gets_the_last_unit_asked_for_and_one_step_of_history(show):
     page = show("#unit=40")
-    for _ in range(6):
-        page.keyboard.press("j")
-    at(page, 46)
+    assert page.evaluate("history.state.at") == 0
+    key = "document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'j', bubbles: true }))"
+    page.evaluate(f"for (let i = 0; i < 6; i++) {key}")
     until(page, "location.hash === '#set=neurons-1&unit=46'")
+    assert neuron(page) == 46
+    assert page.evaluate("history.state.at") == 1
     page.locator("#back").click()
-    until(page, "!location.hash.endsWith('unit=46')")
-    assert page.locator("#forward").is_enabled()
+    at(page, 40)
 
 
 def test_random_goes_to_another_unit_of_the_list_that_has_examples(show):
@@ -688,6 +709,18 @@ def test_two_sets_stand_side_by_side_and_each_keeps_its_own_place(show):
     until(page, "document.querySelectorAll('.pane').length === 1")
     assert page.evaluate("location.hash") == "#set=topk&unit=9&cut=0.4"
     assert page.locator("h2").first.inner_text() == "Latent 9"
+
+
+def test_inside_a_page_with_a_theme_the_colours_follow_it(page, address, path):
+    page.goto("about:blank")
+    page.emulate_media(color_scheme="light")
+    page.set_content(f'<iframe srcdoc="{escape(path.read_text(encoding="utf-8"))}"></iframe>')
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    until(page.frames[1], OPEN)
+    scheme = "getComputedStyle(document.documentElement).colorScheme"
+    until(page.frames[1], f"{scheme} === 'dark'")
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
+    until(page.frames[1], f"{scheme} === 'light'")
 
 
 def test_alone_a_set_gives_way_to_the_other_and_is_found_again_where_it_was_left(show):
