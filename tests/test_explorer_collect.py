@@ -348,6 +348,7 @@ def test_where_words_cannot_tell_the_page_says_so(gpt2):
 
 def test_tokens_stand_as_in_running_text(gpt2):
     assert token_texts(gpt2.tokenizer, gpt2.encode(["the cat ."])[0]) == [" the", " cat", " ."]
+    assert token_texts(gpt2.tokenizer, [99]) == ["<99>"], "models have rows that no token has"
     pocket = load_model("pocket", device="cpu")
     ids = pocket.encode(["the finalized caves, she said"])[0]
     assert "".join(token_texts(pocket.tokenizer, ids)) == " the finalized caves, she said"

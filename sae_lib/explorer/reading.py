@@ -168,12 +168,13 @@ def token_texts(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
 
     Bytes that are no text alone are written as SentencePiece does: <0xE2>.
     """
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    word = next((number for number, name in enumerate(names) if name.isascii() and name.isalpha()), 0)
-    before = tokenizer.decode([word])
-    return [
-        text_of(tokenizer.decode([word, token]), before, tokenizer.convert_ids_to_tokens(token)) for token in tokens
-    ]
+    names = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    word = next((number for number, name in names if name and name.isascii() and name.isalpha()), 0)
+    before, texts = tokenizer.decode([word]), []
+    for token in tokens:
+        name = tokenizer.convert_ids_to_tokens(token)  # none for rows of the vocabulary that only fill it up
+        texts.append(f"<{token}>" if name is None else text_of(tokenizer.decode([word, token]), before, name))
+    return texts
 
 
 def text_of(both: str, before: str, name: str) -> str:
