@@ -12,7 +12,7 @@ function say(text) { byId("said").textContent = text; }
 
 // Address -------------------------------------------------------------------------------------------------------------
 
-// #set=neurons-1&unit=217&cluster=2&cut=0.4, and beside=topk.12.0.0.5 for the place in the other set.
+// #set=neurons-1&unit=217&cluster=2&cut=0.4, and beside=topk:12:0:0.5 for the place in the other set.
 function addressOf(number, { unit, cluster, cut, example }, beside = null) {
   const pairs = [["set", index.sets[number].key], ["unit", unit]];
   if (example !== undefined) pairs.push(["example", example]);

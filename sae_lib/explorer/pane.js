@@ -7,7 +7,7 @@ const ABOUT = {
   clusters: ["Clusters", "at this cut"],
   intra_distance: ["Within clusters", "mean distance of two examples of one cluster"],
   inter_distance: ["Across clusters", "mean distance of two examples of different clusters"],
-  examples: ["Examples", "texts on which it is near its largest activation, at most the first 100 met"],
+  examples: ["Examples", "texts on which it comes near its largest activation; of many, the first that were met"],
   frequency: ["Frequency", "share of all tokens on which it is active"],
   maximum: ["Largest activation", "over all tokens that were read"],
   participation: [
@@ -66,9 +66,9 @@ class Pane {
     }
     if (!this.unit.examples.length) return { unit: place.unit };
     this.recut(place.cut ?? this.set.threshold);
-    const marked = place.example < this.labels.length ? place.example : null;
-    const cluster = marked === null ? place.cluster ?? 0 : this.labels[marked];
-    this.select(cluster < this.clusters.length ? cluster : 0, marked);
+    const marked = place.example in this.labels ? place.example : null;
+    const cluster = marked === null ? place.cluster : this.labels[marked];
+    this.select(cluster in this.clusters ? cluster : 0, marked);
     return this.place();
   }
 
@@ -272,7 +272,7 @@ class Pane {
     const bytes = this.unit.windows[example], known = this.unit.importance?.[example];
     const ids = this.texts[document].slice(start, start + bytes.length);
     const words = ids.map((id) => index.vocab[id]), key = position - start;
-    const shares = ids.map((_, i) => (!importance ? bytes[i] : i <= key && known ? known[i] : 0) / 255);
+    const shares = ids.map((_, i) => (importance ? known?.[i] ?? 0 : bytes[i]) / 255);
     const told = shares.map((share, i) => {
       if (!importance) return `activation ${rounded(share * this.summary.maximum)}`;
       if (!known) return "importance not computed for this text";

@@ -13,7 +13,7 @@ WORDS = (
     " the", " bank", " river", " money", " coin", " a", " number", " of", " people", " said", ",", ".", " and", " in",
     " market", " boat", " water", " loan", " she", " he", " sold", " counted", " five", " apples", " Monday", "\n",
     " x", " =", " (", ")", ":", " return", " def", "ing", "ed", "'s", " weiß", " Straße", " déjà", " река", " деньги",
-    " 银行", "水", " بنك", " نهر", " शब्द", " 🐟", " não", " für", " élan", " banks",
+    " 银行", "水", " بنك", " نهر", " शब्द", " 🐟", " não", " für", " élan",
 )  # fmt: skip
 HOSTILE = (
     "<script>document.title='run'</script>", "</script>", "<img src=x onerror=\"document.title='run'\">", "&lt;b&gt;",

@@ -535,6 +535,10 @@ def test_the_search_for_a_token_lists_the_units_with_that_key_token(show):
     expected = INDEX["sets"][0]["words"][str(VOCAB.index(" bank"))]
     assert rows(page) == sorted(expected)[:50]
     assert page.locator("#count").inner_text() == f"{len(expected)} of 70 neurons with the key token ␣bank"
+    words = {VOCAB[int(token)].strip() for token in INDEX["sets"][0]["words"]} - {""}
+    short = next(word for word in sorted(words) if sum(other.startswith(word) for other in words) > 1)
+    page.fill("#query", short)
+    until(page, f"/key token ␣?{short}$/.test(document.querySelector('#count').textContent)")
     page.fill("#query", "ri")
     until(page, "document.querySelector('#count').textContent.includes('river')")
     page.fill("#query", "nothing like it")
@@ -679,7 +683,16 @@ def test_an_address_opens_what_it_names_and_is_kept(show):
 
 
 @pytest.mark.parametrize(
-    "hash", ["#unit=70", "#unit=-1", "#unit=x", "#set=none&unit=1", "#<script>", "#unit=0&cluster=99&cut=x&example=999"]
+    "hash",
+    [
+        "#unit=70",
+        "#unit=-1",
+        "#unit=x",
+        "#set=none&unit=1",
+        "#<script>",
+        "#unit=0&cluster=99&cut=x&example=999",
+        "#unit=0&cluster=0.5&example=1.5",
+    ],
 )
 def test_an_address_that_names_nothing_opens_something(show, hash):
     page = show(hash)
