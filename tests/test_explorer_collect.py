@@ -79,9 +79,8 @@ def test_every_part_of_the_contract_is_there(made):
     )
     assert (entry["threshold"], entry["at_least"], entry["parts"]) == (0.5, 0.3, ["explorer-part-0"])
     assert entry["facts"]["read"] == "46 tokens of 10 lines"
-    measures = (
-        "frequency maximum examples clusters max_distance mean_distance intra_distance inter_distance participation"
-    )
+    measures = "frequency maximum examples clusters max_distance mean_distance intra_distance inter_distance"
+    measures += " random_distance participation"
     assert set(entry["summary"]) == set(measures.split())
     assert {len(values) for values in entry["summary"].values()} == {20}
     assert len(units) == len(entry["keys"]) == 20
@@ -230,6 +229,16 @@ def test_similar_clusters_are_named_by_their_central_examples(made, gpt2):
                 assert (set_number, example in heads[other], other != number) == (0, True, True)
                 here, there = examples.of(number)[3][head], examples.of(other)[3][example]
                 assert cosine == pytest.approx(F.cosine_similarity(here, there, 0).item(), abs=1e-3)
+
+
+def test_random_inputs_are_any_tokens_under_the_units_own_weights(made, gpt2):
+    """All 46 tokens of the texts are drawn, since they are fewer than 100."""
+    tokens, units = gpt2.tokenize(TEXTS), neurons(gpt2, 1)
+    h = units.activations(tokens)[0][gpt2.content(tokens)]
+    found = made[0]["sets"][0]["summary"]["random_distance"]
+    for number, distance in enumerate(found):
+        distances = cosine_distances(embeddings(h, units.weights[number]))
+        assert distance == pytest.approx(distances.sum() / (46 * 45), rel=1e-3)
 
 
 # Importance

@@ -148,7 +148,7 @@ def described(units: Units, examples: Examples, shown: Shown, number: int) -> tu
     important = [{} for _ in range(n)]
     for (unit, k), found in zip(asked, importances(units, examples.tokens, wanted), strict=True):
         important[unit][str(k)] = (255 * found / max(float(found[-1]), FLOOR)).clamp(0, 255).round().int().tolist()
-    windows, counts = around(units, examples)
+    windows, counts, inputs = around(units, examples)
     ends = logit_effects(units)
     data, words, keys = [], {}, []
     for unit, found in enumerate(clusters):
@@ -190,7 +190,7 @@ def described(units: Units, examples: Examples, shown: Shown, number: int) -> tu
         "n": n,
         "threshold": CUT,
         "facts": facts,
-        "summary": summary(units, examples, clusters),
+        "summary": summary(units, examples, clusters, inputs),
         "words": {str(token): [unit for _, unit in sorted(found)[:WORD_UNITS]] for token, found in words.items()},
         "keys": keys,
     }, data
@@ -220,8 +220,16 @@ def similar(examples: Examples, clusters: Sequence[Clusters], number: int) -> li
     return near
 
 
-def summary(units: Units, examples: Examples, clusters: Sequence[Clusters]) -> dict[str, list]:
-    """A number a unit for each measure; None where it is undefined."""
+def summary(
+    units: Units, examples: Examples, clusters: Sequence[Clusters], inputs: Float[Tensor, "random d_in"]
+) -> dict[str, list]:
+    """A number a unit for each measure; None where it is undefined.
+
+    The proxies, and two measures without which their smallness says nothing: ``random_distance``, the mean distance of
+    random inputs under the same weights, and ``participation``, how many inputs the weights rest on.
+    """
+    one = np.zeros(len(inputs), dtype=int)
+    at_random = [proxies(cosine_distances(embeddings(inputs, w)), one)["mean_distance"] for w in units.weights.cpu()]
     found = [proxies(each.distances, each.labels) for each in clusters]
     names = ("max_distance", "mean_distance", "intra_distance", "inter_distance")
     return {
@@ -230,6 +238,7 @@ def summary(units: Units, examples: Examples, clusters: Sequence[Clusters]) -> d
         "examples": [each["size"] for each in found],
         "clusters": [each["clusters"] for each in found],
         **{name: shorts([each[name] for each in found]) for name in names},
+        "random_distance": shorts(at_random),
         "participation": shorts(effective_features(units.weights.cpu())),
     }
 

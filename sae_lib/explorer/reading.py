@@ -20,6 +20,8 @@ BACK, AHEAD = 20, 10
 """Tokens of a window before and after its key token; those of the paper's viewer."""
 BINS = 24
 """Bars of a histogram, from 0 to the unit's maximum."""
+RANDOM = 100
+"""Tokens drawn from the texts, for the distance of inputs that no unit chose."""
 STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """Ends of sites whose vectors are added to the residual stream, or are it."""
 NEURONS = ("mlp.hook_post", "mlp.out.hook_in")
@@ -33,15 +35,17 @@ class Around(NamedTuple):
         windows: activation from `BACK` tokens before the key token to `AHEAD` after it, in 255ths of the unit's
             maximum; 0 where it is negative, and outside the text.
         counts: how many tokens of all texts are active in each of `BINS` equal steps up to the maximum.
+        inputs: what is read at `RANDOM` tokens, all texts' tokens being equally likely.
     """
 
     windows: UInt8[Tensor, "units most window"]
     counts: Int[Tensor, "units bins"]
+    inputs: Float[Tensor, "random d_in"]
 
 
 @torch.no_grad()
 def around(units: Units, examples: Examples) -> Around:
-    """Activations around all examples, and of all tokens in steps: one more pass over the texts."""
+    """Activations around all examples, of all tokens in steps, and random inputs: one more pass over the texts."""
     n, model = len(units), units.model
     windows = torch.zeros(*examples.document.shape, BACK + 1 + AHEAD, dtype=torch.uint8)
     counts = torch.zeros(n * BINS, dtype=torch.int64)
@@ -49,8 +53,15 @@ def around(units: Units, examples: Examples) -> Around:
     text, position = examples.document[unit, number], examples.position[unit, number]
     offsets, first = torch.arange(-BACK, AHEAD + 1), BINS * torch.arange(n)
     maximum = examples.maximum.where(examples.maximum > 0, 1)
+    lengths = torch.tensor([len(row) for row in examples.tokens])
+    ends = lengths.cumsum(0)
+    drawn = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(0))[:RANDOM]
+    its_text = torch.searchsorted(ends, drawn, right=True)
+    its_place = drawn - (ends - lengths)[its_text] + 1  # BOS stands first
+    inputs = torch.empty(len(drawn), units.weights.shape[1])
     for numbers, tokens in passes(model, examples.tokens, range(len(examples.tokens)), "windows"):
-        share = units.activations(tokens)[1].float().clamp(min=0) * model.content(tokens)[..., None]
+        h, a = units.activations(tokens)
+        share = a.float().clamp(min=0) * model.content(tokens)[..., None]
         share = share.cpu() / maximum
         bins = (share * BINS).long().clamp(max=BINS - 1) + first
         counts += bins[share > 0].bincount(minlength=n * BINS)
@@ -61,7 +72,9 @@ def around(units: Units, examples: Examples) -> Around:
         inside = (places >= 0) & (places < share.shape[1])
         seen = share[row_of[text[here]][:, None], places.where(inside, 0), unit[here, None]]
         windows[unit[here], number[here]] = (255 * seen.where(inside, 0)).round().clamp(max=255).byte()
-    return Around(windows, counts.view(n, BINS))
+        of_these = (row_of[its_text] >= 0).nonzero()[:, 0]
+        inputs[of_these] = h.float().cpu()[row_of[its_text[of_these]], its_place[of_these]]
+    return Around(windows, counts.view(n, BINS), inputs)
 
 
 @torch.no_grad()
