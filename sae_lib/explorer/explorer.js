@@ -138,7 +138,7 @@ function trouble(error) {
   const old = typeof DecompressionStream === "undefined";
   byId("trouble").hidden = false;
   byId("trouble").textContent = old
-    ? "This browser cannot unpack the page's data: please use one of 2023 or later."
+    ? "This browser cannot unpack the page's data: please use one of 2024 or later."
     : `The page's data could not be read: ${error.message}`;
 }
 
