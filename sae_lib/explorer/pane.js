@@ -10,6 +10,7 @@ const ABOUT = {
   examples: ["Examples", "texts on which it comes near its largest activation; of many, the first that were met"],
   frequency: ["Frequency", "share of all tokens on which it is active"],
   maximum: ["Largest activation", "over all tokens that were read"],
+  random_distance: ["Random inputs", "mean distance of any two tokens under its weights; compare polysemanticity with it"],
   participation: [
     "Participation", "how many input dimensions its weights use, in effect; with few, distances shrink by themselves",
   ],
