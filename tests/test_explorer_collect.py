@@ -70,7 +70,8 @@ def test_every_part_of_the_contract_is_there(made):
     index, units, documents = made
     (entry,) = index["sets"]
     assert index["version"] == 1
-    assert index["title"].endswith(": blocks.1.mlp neurons")
+    assert index["title"] == f"{tiny_gpt2().name}: blocks.1.mlp neurons", "no path of this machine"
+    assert entry["model"] == tiny_gpt2().name
     assert (entry["key"], entry["kind"], entry["n"], entry["site"]) == (
         "neurons-1",
         "neurons",

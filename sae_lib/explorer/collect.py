@@ -9,6 +9,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from sae_lib.explorer.reading import (
     token_texts,
 )
 from sae_lib.metrics.polysemanticity import effective_features
+from sae_lib.models import LanguageModel
 from sae_lib.neuron_embeddings import (
     Examples,
     Units,
@@ -129,7 +131,7 @@ def contents(
     if len({entry["key"] for entry in entries}) < len(entries):
         entries = [entry | {"key": f"{entry['key']}-{number}"} for number, entry in enumerate(entries, 1)]
     index = {
-        "title": title or f"{model.name}: " + " and ".join(units.name for units in sets),
+        "title": title or f"{known_as(model)}: " + " and ".join(units.name for units in sets),
         "version": VERSION,
         "vocab": token_texts(model.tokenizer, shown.tokens),
         "documents": "explorer-documents",
@@ -185,7 +187,7 @@ def described(units: Units, examples: Examples, shown: Shown, number: int) -> tu
         "key": "latents" if latent else f"neurons-{units.site.split('.')[1]}",
         "name": units.name,
         "kind": "latents" if latent else "neurons",
-        "model": units.model.name,
+        "model": known_as(units.model),
         "site": units.site,
         "n": n,
         "threshold": CUT,
@@ -194,6 +196,11 @@ def described(units: Units, examples: Examples, shown: Shown, number: int) -> tu
         "words": {str(token): [unit for _, unit in sorted(found)[:WORD_UNITS]] for token, found in words.items()},
         "keys": keys,
     }, data
+
+
+def known_as(model: LanguageModel) -> str:
+    """The model's name; of a folder only its last part, since a page may be passed on."""
+    return Path(model.name).resolve().name if Path(model.name).is_dir() else model.name
 
 
 def clustered(units: Units, examples: Examples, unit: int) -> Clusters:
