@@ -71,8 +71,8 @@ def test_gate_and_up_weights_of_a_gated_mlp_give_the_neurons_value(gemma2):
 
 def test_latents_are_read_in_evaluation_and_an_embedding_sums_to_the_score_but_for_the_biases(gpt2):
     sae = TopKSAE(d_in=12, d_sae=20, k=3, seed=1)
-    sae.b_dec.data.normal_(generator=torch.Generator().manual_seed(2))
-    sae.b_enc.data.normal_(generator=torch.Generator().manual_seed(3))
+    for seed, weights in enumerate((sae.W_enc, sae.b_enc, sae.b_dec)):  # untrained, encoder and decoder are the same
+        weights.data.normal_(generator=torch.Generator().manual_seed(seed))
     units, tokens = latents(gpt2, SITE, sae.train()), gpt2.tokenize(TEXTS)
     h, a = units.activations(tokens)
     assert sae.training

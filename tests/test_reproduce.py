@@ -18,6 +18,7 @@ from sae_lib import reproduce, results
 from sae_lib.experiments import Planned, described, experiments, rows
 from sae_lib.grounds import ground
 from sae_lib.measures import MEASURES
+from sae_lib.metrics.feature_clusters import Reading
 
 DESCRIPTION = {
     "grounds": {"world": {"planted": {"n_features": 16, "d_in": 8, "active": 2}, "batch_size": 64, "held": 500}},
@@ -154,6 +155,23 @@ def test_an_experiment_may_train_nothing(asked):
     parts["saes"] = {"PCA": parts["saes"]["PCA"]}
     asked["path"].write_text(yaml.safe_dump(description))
     assert reproduce.reproduce(**asked) == (2, [])
+
+
+def test_ways_to_embed_neurons_are_measured_together_in_place_of_saes(asked, tmp_path, monkeypatch):
+    description = yaml.safe_load(asked["path"].read_text())
+    saes = {"own": {"variant": "neurons"}, "none": {"variant": "neurons", "weights": "none", "basis": "rotated"}}
+    description["chapter"]["name"] |= {"saes": saes, "measures": ["neurons"], "repeats": 1}
+    asked["path"].write_text(yaml.safe_dump(description))
+    seen = []
+
+    def neurons(readings, ground, seed, repeat):
+        seen.append((readings, seed))
+        return [{"intra_distance": float(place)} for place, _ in enumerate(readings)]
+
+    monkeypatch.setattr(reproduce, "MEASURES", {"neurons": neurons})
+    assert reproduce.reproduce(**asked) == (4, [])
+    assert seen == [([Reading("none", "rotated"), Reading()], seed) for seed in (0, 1)]
+    assert [rows_of(tmp_path)[label]["intra_distance"] for label in ("none", "own")] == [0, 1]
 
 
 def test_a_metric_that_is_no_number_is_stored_as_unknown(asked, monkeypatch, tmp_path):
