@@ -174,7 +174,7 @@ def feature_clusters(
         tokens: about how many to read; fewer if the texts end.
 
     Returns:
-        Of each reading: ``neurons``, how many there are; medians over neurons of their `proxies`, and of
+        for each reading ``neurons``, how many there are; medians over neurons of their `proxies`, and of
         ``intra_distance_equal`` and ``inter_distance_equal``; means over neurons, ``intra_distance_average`` and
         ``inter_distance_average``; ``rand_index``, the `agreement` of the clusters at the threshold, mean over neurons,
         then over labels; ``rand_index_<label>``; ``rand_index_equal``, in as many clusters; ``rand_index_distinct``,

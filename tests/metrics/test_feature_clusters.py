@@ -15,6 +15,7 @@ from sae_lib.metrics.feature_clusters import (
     agreement,
     drawn,
     feature_clusters,
+    measured,
     rare,
     token_labels,
 )
@@ -147,6 +148,20 @@ def test_a_rare_cluster_is_another_behaviour_if_its_most_frequent_label_is():
 
 
 # All neurons
+
+
+def test_one_example_a_distinct_token_takes_the_tokens_identity_away():
+    e = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 3 + [[1.0, 0.1], [1.0, 0.2], [0.1, 1.0]])
+    ids = np.array([5, 5, 5, 5, 6, 6, 6, 7, 8, 9])
+    labels = np.array([1, 1, 1, 1, 2, 2, 2, 2, 1, 2])[:, None].repeat(4, 1)
+    d = cosine_distances(e)
+    found = measured(d, tree(d), 3, labels, ids, np.random.default_rng(0))
+    kept = [0, 4, 7, 8, 9]  # the first of each token
+    assert found.agreement["_distinct"] == pytest.approx(agreement(np.array([0, 1, 0, 0, 1]), labels[kept]))
+    assert found.agreement[""] == pytest.approx(agreement(np.array([0] * 4 + [1] * 3 + [0, 0, 1]), labels))
+    assert found.agreement[""][0] > found.agreement["_distinct"][0]
+    assert found.distances["clusters"] == 2
+    assert found.agreement["_equal"] == pytest.approx(agreement(cut(tree(d), clusters=3), labels))
 
 
 def test_all_neurons_of_all_layers_are_measured_by_each_reading(model):
