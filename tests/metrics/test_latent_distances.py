@@ -58,6 +58,9 @@ def test_the_correlation_is_over_the_latents_that_are_explained(measure, sae):
     of = {one.latent: {"mean_distance": -one.score, "frequency": 1.0 + one.latent, "token_entropy": 0.5 * one.latent**2}
           for one in explained}  # fmt: skip
     assert measure.with_scores(explained, of)["distance_autointerp"] == pytest.approx(-1)
+    for other in ("frequency", "token_entropy"):  # if one of them is the distance, nothing is left of it
+        same = {latent: one | {other: one["mean_distance"]} for latent, one in of.items()}
+        assert math.isnan(measure.with_scores(explained, same)["distance_autointerp_partial"])
     few = dict(list(of.items())[:5])
     assert math.isnan(measure.with_scores(explained, few)["distance_autointerp"])
 
