@@ -95,7 +95,8 @@ class LatentDistances:
             }
             others = cosine_distances(embeddings(random, weights[latent]))
             at_random = proxies(others, np.zeros(len(others), dtype=int))["mean_distance"]
-            found[latent] = one | {"distance_ratio": one["mean_distance"] / at_random if at_random > 1e-12 else math.nan}
+            ratio = one["mean_distance"] / at_random if at_random > 1e-12 else math.nan
+            found[latent] = one | {"distance_ratio": ratio}
         metrics = {
             name: nan_if_none(np.median, finite([one[name] for one in found.values()]))
             for name in (*PROXIES, "clusters_near", "distance_ratio")
