@@ -59,7 +59,8 @@ def test_flags_say_the_same_as_one_text(train, tmp_path):
     train("--variant", "topk", "--d-sae", "20", "--k=3", "--aux-coeff", "0.5", out="flags")
     train("--sae", "topk d_sae=20 k=3 aux_coeff=0.5", out="text")
     flags, text = (sae_lib.load(tmp_path / out / "0-topk") for out in ("flags", "text"))
-    assert flags.config() == text.config() == {"d_in": 12, "d_sae": 20, "k": 3, "aux_coeff": 0.5, "seed": 0}
+    asked = {"d_in": 12, "d_sae": 20, "k": 3, "aux_coeff": 0.5}
+    assert flags.config() == text.config() == asked | {"embedding_coeff": 0.0, "seed": 0}
     assert same(flags, text)
 
 
@@ -85,7 +86,10 @@ def test_the_same_command_goes_on_where_it_was_stopped(train, tmp_path, monkeypa
         ("--k 3", "give --variant with its options, or --sae, got --k 3"),
         ("--variant tokp --k 3", "variant must be one of relu,.* got 'tokp'; nearest: topk"),
         ("--variant topk --d-sae 20", "topk needs k, got 'topk d_sae=20'"),
-        ("--variant topk --d-sae 20 --k 3 --kk 3", "topk takes d_sae, k, aux_coeff, seed as name=value, got 'kk=3'"),
+        (
+            "--variant topk --d-sae 20 --k 3 --kk 3",
+            "topk takes d_sae, k, aux_coeff, embedding_coeff, seed as name=value, got 'kk=3'",
+        ),
         ("--variant topk --d-sae --k 3", "options of a variant must be --name value, got --d-sae --k 3"),
         ("--variant topk --d-sae 20 --k", "options of a variant must be --name value"),
         ("--variant topk --d-sae 20 --k 30", r"k must be an integer in \[1, d_sae=20\], got 30"),
