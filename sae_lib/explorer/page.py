@@ -131,8 +131,3 @@ def inert(text: str) -> str:
 def packed(content: object) -> str:
     """Base64 of gzip of JSON, without the time at which it was made."""
     return base64.b64encode(gzip.compress(as_json(content).encode(), 9, mtime=0)).decode()
-
-
-def unpacked(text: str) -> object:
-    """What was `packed`."""
-    return json.loads(gzip.decompress(base64.b64decode(text)))

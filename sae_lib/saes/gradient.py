@@ -100,6 +100,7 @@ class GradientSAE(TopKSAE):
             self.mean_size.copy_(self.slopes(gradient(batch)).abs_().mean())
 
     def before_step(self, progress: float) -> None:
+        super().before_step(progress)
         if self.attribution == "of other latents":
             self.order = torch.randperm(self.d_sae, generator=self.generator)
 
