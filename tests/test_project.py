@@ -33,6 +33,7 @@ ORDER = [
     "data",
     "distributed",
     "pocket",
+    "groups",
     "vision",
     "models",
     "shards",
