@@ -35,6 +35,8 @@ ORDER = [
     "pocket",
     "groups",
     "vision",
+    "shapes",
+    "autoencoders",
     "models",
     "shards",
     "cached",
