@@ -13,6 +13,7 @@ from sae_lib.saes import (
     GBASAE,
     VARIANTS,
     BatchTopKSAE,
+    EquivariantSAE,
     FeatureChoiceSAE,
     GatedSAE,
     GradientSAE,

@@ -314,7 +314,7 @@ def measured(sae: SAE, batch: Batch, loss: Loss, whole_spread: Float[Tensor, ""]
     return {
         "loss": loss.total.detach(),
         **{name: term.detach() for name, term in loss.terms.items()},
-        "l0": per_token(alive, len(batch.x)),
+        "l0": per_token(alive, loss.code.shape[0]),
         "fvu": total((batch.x - loss.x_hat.detach()).square().sum()) / whole_spread,
         "dead": sae.dead.float().mean(),
     }

@@ -3,6 +3,7 @@
 from sae_lib.saes.atm import ATMSAE
 from sae_lib.saes.batchtopk import BatchTopKSAE
 from sae_lib.saes.choice import FeatureChoiceSAE, MutualChoiceSAE
+from sae_lib.saes.equivariant import EquivariantSAE
 from sae_lib.saes.gated import GatedSAE
 from sae_lib.saes.gba import GBASAE
 from sae_lib.saes.gradient import GradientSAE
@@ -25,6 +26,7 @@ VARIANTS = {
         GradientSAE,
         ATMSAE,
         GBASAE,
+        EquivariantSAE,
     )
 }
 """One-word name -> class."""
