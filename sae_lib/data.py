@@ -227,7 +227,7 @@ class PlantedDictionary:
                 f"active must leave every frequency at most 1, got active={active}, with which feature 0 would fire "
                 f"with probability {highest:.3g}; lower active, zipf or the depth of the hierarchy"
             )
-        generator = _generator("dictionary", seed)
+        generator = seeded("dictionary", seed)
         self.directions = _directions(n_features, d_in, even, generator).to(self.device)
         self.frequencies, self.parents = frequencies.float().to(self.device), parents.to(self.device)
         given_parent = torch.where(parents < 0, frequencies, frequencies / frequencies[parents])
@@ -249,7 +249,7 @@ class PlantedDictionary:
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        generator = seed if isinstance(seed, torch.Generator) else _generator("samples", seed, device=self.device)
+        generator = seed if isinstance(seed, torch.Generator) else seeded("samples", seed, device=self.device)
         draw = {"generator": generator, "device": self.device}
         alive = self._fires(n, draw).flatten().nonzero().squeeze(1)
         coefficients = torch.zeros(n * self.n_features, device=self.device)
@@ -325,7 +325,7 @@ class PlantedStream:
 
     def _started(self) -> torch.Generator:
         """The generator of the next iteration."""
-        generator = _generator("samples", self.seed, device=self.dictionary.device)
+        generator = seeded("samples", self.seed, device=self.dictionary.device)
         return generator if self._resume is None else generator.set_state(self._resume)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -363,7 +363,7 @@ class _Samples:
         return {"generator": self.generator.get_state(), "fingerprint": fingerprint}
 
 
-def _generator(*key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+def seeded(*key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one purpose and seed: a plain ``manual_seed(0)`` would draw an SAE's initial directions again."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
     return torch.Generator(device).manual_seed(seed)

@@ -48,6 +48,7 @@ ORDER = [
     "sae",
     "embedding_loss",
     "saes",
+    "orbits",
     "superposition",
     "neuron_embeddings",
     "neuron_clusters",
