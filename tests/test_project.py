@@ -70,6 +70,7 @@ ORDER = [
     "figures",
     "against",
     "components",
+    "turning",
     "ledger",
     "explorer",
 ]

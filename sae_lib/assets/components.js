@@ -49,6 +49,29 @@
       });
     },
 
+    // Turns the chosen image; its strips were drawn in Python.
+    turning(root, data) {
+      const form = root.querySelector("form"), knob = root.querySelector("[type=range]");
+      const picture = root.querySelector(".turned"), strips = [...root.querySelectorAll("figure")];
+      const show = () => {
+        const image = Number(root.querySelector("[name=image]:checked").value), pose = Number(knob.value);
+        const angle = data.angles[pose], told = [`${data.names[image]}, turned by ${angle}`];
+        picture.src = data.sources[image][pose];
+        picture.alt = told[0];
+        root.querySelector("output").textContent = angle;
+        knob.setAttribute("aria-valuetext", angle);
+        strips.forEach((strip, i) => {
+          const state = data.strips[image][i][pose];
+          for (const path of strip.querySelectorAll("path")) path.setAttribute("d", state[path.getAttribute("class")]);
+          strip.querySelector(".said").textContent = state.said;
+          told.push(strip.querySelector("figcaption").textContent);
+        });
+        root.querySelector("[role=status]").textContent = told.join(". ");
+      };
+      form.addEventListener("submit", (event) => event.preventDefault());
+      form.addEventListener("input", show);
+    },
+
     // Shows the claims of the chosen paper and verdict.
     ledger(root) {
       const form = root.querySelector("form"), said = root.querySelector(".said");
