@@ -13,6 +13,9 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from sae_lib.data import Batch
 from sae_lib.distributed import anywhere, count, per_token, total
+from sae_lib.hub import card, push
 from sae_lib.selection import top_of_rows
 from sae_lib.sparse import Code, Scores
 
@@ -200,29 +204,72 @@ class SAE(nn.Module, ABC):
             raise ValueError(
                 f"path must be new or a saved SAE, got {path}, which holds something else; choose another path"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
         weights = safetensors_bytes({key: value.contiguous().cpu() for key, value in self.state_dict().items()})
         config = FORMAT | {
             "variant": self.name,
             "config": self.config(),
+            "unit_rows": self.unit_rows,
             "trained_on": self.trained_on,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            new.chmod(0o755)
-            (new / "weights.safetensors").write_bytes(weights)
-            (new / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.replace(path, old)
-                os.replace(new, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        with whole_folder(path) as folder:
+            (folder / "weights.safetensors").write_bytes(weights)
+            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         return path
+
+    def push_to_hub(
+        self,
+        name: str,
+        metrics: Mapping[str, float] | None = None,
+        model: str | None = None,
+        site: str | None = None,
+        private: bool = False,
+    ) -> str:
+        """Upload this SAE to the Hugging Face Hub, with a card; ``sae_lib.load("hf:org/name")`` gets it back.
+
+        Args:
+            name: of the repository, ``org/name``; it is made if it is not there.
+            metrics: for the card, such as `sae_lib.evaluate` returns.
+            model: for the card: name of the model on whose activations it was trained.
+            site: for the card: where in the model.
+            private: whether a new repository is for its owner alone.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: if the Hub does not take it, or huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save(Path(temporary) / "sae")
+            config = json.loads((folder / "config.json").read_text())
+            about = {"model": model, "site": site, "tokens trained on": f"{int(self.tokens_trained):,}"}
+            about |= {
+                "texts, by their hashes": ", ".join(self.trained_on),
+                "sha256 of the weights": config["weights_sha256"],
+            }
+            about |= {"library": f"sae-put-to-the-test {version('sae-put-to-the-test')}, torch {torch.__version__}"}
+            known = {key: value for key, value in about.items() if value}
+            return push(folder, name, card(name, config, known, metrics or {}), private)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `path` when all is written; what was at `path` is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new.chmod(0o755)
+        yield new
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old)
+            os.replace(new, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def is_saved(path: Path) -> bool:
