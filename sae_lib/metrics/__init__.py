@@ -11,6 +11,16 @@ from sae_lib.metrics.attribution import LatentEffects, ablation, gradient_times_
 from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.choice_by_gradient import ChoiceByGradient
 from sae_lib.metrics.consistency import shared_latents, strongest_shared
+from sae_lib.metrics.equivariance import (
+    OneMatrix,
+    code_invariance,
+    equivariance_error,
+    map_r2,
+    orbit_probing,
+    order_error,
+    pose_accuracy,
+    top1_f1,
+)
 from sae_lib.metrics.first_letter import FirstLetter
 from sae_lib.metrics.main_latents import KSparseProbe, OneVsRest, feature_splits, k_sparse_probe, one_vs_rest
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
