@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,9 @@ from sae_lib.cache import cache, source_of
 from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch
 from sae_lib.distributed import divided
-from sae_lib.models import LanguageModel, SiteReached, Tokens, empty_text, nearest
+from sae_lib.groups import Group
+from sae_lib.models import LanguageModel, Tokens, empty_text, nearest
+from sae_lib.modules import orbits_at, rows_at
 
 TEXTS_AT_ONCE = 64
 """Texts that are tokenized in one call."""
@@ -67,6 +68,7 @@ class Activations:
         forward_tokens: most tokens, BOS and padding included, in one forward pass over texts (a window that is longer
             has one to itself); lower it where memory is short.
         context: most tokens in a window, BOS included; by default, and at most, the model's.
+        orbit: the group that acts on the inputs, for SAEs that need orbits.
 
     Attributes:
         d_in: width of the activations.
@@ -88,17 +90,18 @@ class Activations:
         buffer_size: int | None = None,
         forward_tokens: int = 4096,
         context: int | None = None,
+        orbit: Group | None = None,
     ):
         self.model, self.site, self.batch_size, self.seed, self.grad = model, site, batch_size, seed, grad
         self.buffer_size = max(65_536, 8 * batch_size) if buffer_size is None else buffer_size
-        self.forward_tokens = forward_tokens
+        self.forward_tokens, self.orbit = forward_tokens, orbit
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if self.buffer_size < 2 * batch_size:
             raise ValueError(f"buffer_size must be at least 2 * batch_size = {2 * batch_size}, got {buffer_size}")
         if isinstance(model, LanguageModel):
-            if texts is None or inputs is not None:
-                raise ValueError("a LanguageModel reads texts, got none or got inputs: pass texts= alone")
+            if texts is None or inputs is not None or orbit is not None:
+                raise ValueError("a LanguageModel reads texts, got none or got inputs or orbit: pass texts= alone")
             self.d_in = model.width(site)
             self.context = model.context if context is None else context
             if not 2 <= self.context <= model.context:
@@ -117,7 +120,7 @@ class Activations:
             first = next(self.sequences(), None)
             if first is None:
                 raise ValueError("inputs must hold at least one tensor, got none")
-            self.d_in = self.read(first)[0].shape[1]
+            self.d_in = self.read(first)[0].shape[-1]
         else:
             raise ValueError(f"model must be a LanguageModel or a torch.nn.Module, got {type(model).__name__}")
         self._iteration: weakref.ref[_Iteration] | None = None
@@ -211,10 +214,12 @@ class Activations:
 
     def read(
         self, sequence: Tokens | Tensor
-    ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_in"] | None]:
-        """Activations, and gradients if the stream has them, of what counts in one item of `sequences()`, in order."""
+    ) -> tuple[Float[Tensor, "tokens *group d_in"], Float[Tensor, "tokens d_in"] | None]:
+        """Activations (of all poses, with `orbit`), and gradients if the stream has them, of what counts in one item of
+        `sequences()`, in order."""
         if not isinstance(self.model, LanguageModel):
-            return _rows(_output(self.model, self.site, sequence.to(self.device)), self.site), None
+            read = self.model, self.site, sequence.to(self.device)
+            return (rows_at(*read) if self.orbit is None else orbits_at(*read, self.orbit)), None
         counted = self.model.content(sequence)
         if not self.grad:
             return self.model.activations(sequence, self.site)[counted], None
@@ -226,7 +231,13 @@ class Activations:
     def cache(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, tokens: int | None = None
     ) -> CachedActivations:
-        """Write the activations to `folder`, or open them if they are there; see `sae_lib.cache.cache`."""
+        """Write the activations to `folder`, or open them if they are there; see `sae_lib.cache.cache`.
+
+        Raises:
+            ValueError: also if the stream has orbits: a cache holds rows.
+        """
+        if self.orbit is not None:
+            raise ValueError("a cache holds rows, got a stream of orbits: read it from the model, or leave out orbit")
         return cache(self, folder, dtype, tokens)
 
     @property
@@ -289,7 +300,8 @@ class _Iteration:
         self.filled -= count
         self.ready -= count
         slots = self.slots[self.filled : self.filled + count]
-        return Batch(*(buffer.index_select(0, slots.to(buffer.device)).float() for buffer in self.buffers))
+        rows = [buffer.index_select(0, slots.to(buffer.device)).float() for buffer in self.buffers]
+        return Batch(*rows) if self.stream.orbit is None else Batch(rows[0][:, 0], orbit=rows[0])
 
     def _refill(self) -> None:
         """Fill the buffer, as far as there is something to read, and shuffle it."""
@@ -316,7 +328,7 @@ class _Iteration:
     def _write(self, part: list[Tensor], slots: Tensor) -> None:
         """Copy rows to their slots; the first time, allocate the buffers."""
         if not self.buffers:
-            self.buffers = [rows.new_empty(len(self.slots), rows.shape[1]) for rows in part]
+            self.buffers = [rows.new_empty(len(self.slots), *rows.shape[1:]) for rows in part]
         for buffer, rows in zip(self.buffers, part, strict=True):
             buffer[slots.to(buffer.device)] = rows
 
@@ -365,36 +377,3 @@ def _text(record: Any, number: int) -> str:
     if not isinstance(text, str):
         raise ValueError(f'a text must be a string, .text or ["text"], got {type(record).__name__} at index {number}')
     return text
-
-
-def _output(module: nn.Module, site: str, x: Tensor) -> Any:
-    """Output of the submodule `site` on x. Nothing after it runs, and every module keeps its mode."""
-    seen = []
-
-    def stop(_module: nn.Module, _arguments: tuple, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple | list) else output)
-        raise SiteReached
-
-    modes = [(part, part.training) for part in module.modules()]
-    handle = module.get_submodule(site).register_forward_hook(stop)
-    try:
-        module.eval()
-        with torch.no_grad(), suppress(SiteReached):
-            module(x)
-    finally:
-        handle.remove()
-        for part, training in modes:
-            part.training = training
-    if not seen:
-        raise ValueError(f"site must be a module that the forward pass calls, but it never calls {site!r}")
-    return seen[0]
-
-
-def _rows(output: Any, site: str) -> Float[Tensor, "tokens d_in"]:
-    """A module's output as rows; see `Activations`."""
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"activations must be a floating tensor, got {kind} at {site!r}: choose another site")
-    if output.ndim not in (2, 3, 4):
-        raise ValueError(f"activations must have 2, 3 or 4 dimensions, got {tuple(output.shape)} at {site!r}")
-    return (output.movedim(1, -1) if output.ndim == 4 else output).flatten(0, -2)

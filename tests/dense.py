@@ -11,8 +11,8 @@ from sae_lib.sae import SAE
 
 
 def given(x):
-    """A batch for any variant: with a gradient, made of x, for those that need one."""
-    return Batch(x, x.detach().flip(1))
+    """A batch for any variant: with a gradient, made of x, and an orbit of two, for those that need one."""
+    return Batch(x, x.detach().flip(1), torch.stack([x, x.flip(1)], 1))
 
 
 def scores(sae: SAE, x):
@@ -164,7 +164,47 @@ def gba(sae, x, z=None):
     return {"reconstruction": errors.mean()}, z
 
 
+def equivariant(sae, x, z=None):
+    """For the group of two elements that `given` has orbits of."""
+    a, (M,) = given(x).orbit.flatten(0, 1), sae.matrices
+    rho = torch.stack([torch.eye(len(M)).to(M), M]).detach()
+
+    def reconstructed(a):
+        z = top(scores(sae, a), sae.k)
+        return z, z @ sae.W_dec + sae.b_dec
+
+    def turned(r, pose):
+        return torch.stack([rho[q] @ row for q, row in zip(pose, r, strict=True)])
+
+    if sae.mode == "search":
+        with torch.no_grad():  # each of the two undoes itself
+            options = [a @ turn.T for turn in rho]
+            errors = [
+                (a - reconstructed(option)[1] @ turn.T).pow(2).sum(1) for option, turn in zip(options, rho, strict=True)
+            ]
+            pose = torch.stack(errors).argmin(0).tolist()
+            a_back = torch.stack([options[q][i] for i, q in enumerate(pose)])
+        z, r = reconstructed(a_back)
+        terms = {"reconstruction": squared(a, turned(r, pose))}
+        back, residual = a_back, a_back - r
+    else:
+        (z, r), w = reconstructed(a), sae.equivariance
+        canonical, pose = given(x).orbit[:, :1].expand(-1, 2, -1).flatten(0, 1), [0, 1] * len(x)
+        in_pose, as_it_is = squared(a, turned(r, pose)), squared(a, r)
+        terms = {
+            "invariance": w * squared(canonical, r),
+            "reconstruction": w * sae.equivariance_coeff * in_pose + (1 - w) * as_it_is,
+        }
+        back, residual = a, w * canonical + (1 - w) * a - r
+    terms["matrix"] = squared(given(x).orbit.flip(1).flatten(0, 1), a @ M.T)
+    terms["aux"] = sae.aux_coeff * auxk(sae, scores(sae, back), residual)
+    return terms, z
+
+
 LOSSES = {
     loss.__name__: loss
-    for loss in (topk, batchtopk, matryoshka, mutual_choice, feature_choice, gradient, relu, gated, jumprelu, atm, gba)
+    for loss in (
+        *(topk, batchtopk, matryoshka, mutual_choice, feature_choice, gradient, relu, gated, jumprelu, atm, gba),
+        equivariant,
+    )
 }

@@ -10,7 +10,9 @@ from scipy.optimize import linear_sum_assignment
 from tiny_models import WORDS, tiny_gpt2
 from torch import nn
 
+import sae_lib
 from sae_lib.activations import Activations
+from sae_lib.groups import Group
 from sae_lib.models import load_model
 
 SITE = "blocks.1.hook_resid_post"
@@ -469,3 +471,55 @@ def test_gradients_that_are_not_finite_are_refused():
     assert rows_of(stream_of(broken)).isfinite().all(), "the site lies below"
     with pytest.raises(ValueError, match="gradients must be finite, got 100.00% NaN"):
         list(stream_of(broken, grad=True))
+
+
+# Orbits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_group_a_batch_carries_the_activations_of_all_poses_in_rows_that_belong_together():
+    images = torch.rand(40, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 5))
+    stream = Activations(module, "1", inputs=images, batch_size=7, buffer_size=20, orbit=Group(4, reflections=True))
+    assert stream.d_in == 5
+    found = list(stream)
+    assert torch.equal(torch.cat([batch.x for batch in found]), torch.cat([batch.orbit[:, 0] for batch in found]))
+    expected = torch.stack([module(Group(4, True).act(i, images)).detach() for i in range(8)], 1)
+    orbits = torch.cat([batch.orbit for batch in found])
+    assert same_rows(orbits.flatten(1), expected.flatten(1))
+    assert not torch.equal(orbits, expected)  # shuffled
+
+
+def test_a_stream_of_orbits_goes_on_where_it_stood():
+    images = torch.rand(50, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Sequential(torch.nn.Flatten())
+    settings = {"inputs": images.split(8), "batch_size": 4, "buffer_size": 16, "orbit": Group(4)}
+    stream, again = (Activations(module, "0", **settings) for _ in range(2))
+    batches = iter(stream)
+    first = [next(batches) for _ in range(5)]
+    again.load_state_dict(batches.state_dict())
+    rest = list(batches)
+    assert all(torch.equal(a.orbit, b.orbit) for a, b in zip(rest, again, strict=True))
+    assert len(first) + len(rest) == 13
+
+
+def test_maps_of_turned_images_are_turned_back_so_that_a_row_is_one_place():
+    images = torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    blind = torch.nn.Sequential(torch.nn.AvgPool2d(3, stride=1))  # commutes with turns: all poses have the same rows
+    stream = Activations(blind, "0", inputs=images, batch_size=8, orbit=Group(4))
+    for batch in stream:
+        assert torch.allclose(batch.orbit, batch.x[:, None].expand(-1, 4, -1))
+
+
+def test_held_out_orbits_are_measured_in_all_poses():
+    images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    stream = Activations(torch.nn.Sequential(torch.nn.Flatten()), "0", inputs=images, batch_size=8, orbit=Group(4))
+    report = sae_lib.evaluate(sae_lib.TopKSAE(4, 8, 2), stream, tokens=1000)
+    assert report["tokens"] == 24
+
+
+def test_orbits_are_not_cached_and_texts_have_none(model, tmp_path, as_a_user):
+    stream = Activations(torch.nn.Flatten(), "", inputs=torch.rand(4, 1, 2, 2), orbit=Group(4))
+    with pytest.raises(ValueError, match="a cache holds rows, got a stream of orbits"):
+        stream.cache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="or orbit: pass texts= alone"):
+        Activations(model, SITE, texts=TEXTS, orbit=Group(4))

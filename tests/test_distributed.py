@@ -127,7 +127,7 @@ def test_one_step_of_two_processes_is_that_of_one(team, name):
     assert "aux" not in rows[0] or rows[0]["aux"] > 0
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "equivariant, random pose"])
 def test_fifty_steps_of_two_processes_are_those_of_one(team, name):
     sizes = [97] * 24 + [1] + [96] * 24 + [3]  # of one token, a process has none
     assert_same_steps(team, 1e-9, name, torch.float64, sizes)

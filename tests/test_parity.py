@@ -28,6 +28,9 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
         "gradient, others": {"k": k, "attribution": "of other tokens", "literal": True},
         "atm": {"l1_coeff": 0.1},
         "gba": {"adapt_every": 10},
+        "equivariant": {"k": k, "group_order": 2},
+        "equivariant, random pose": {"k": k, "group_order": 2, "mode": "invariant", "random_pose": True},
+        "equivariant, invariant": {"k": k, "group_order": 2, "mode": "invariant", "equivariance_coeff": 0.5},
     }.get(name, {"k": k})
     sae = VARIANTS[name.split(",")[0]](d_in, d_sae, seed=seed, **settings).train().to(dtype)
     level = (2 * torch.tensor(d_sae / k).log()).sqrt() / d_in**0.5 * 0.75  # about the k-th largest of d_sae scores
@@ -55,6 +58,8 @@ def made(name, *, k=4, dead=0, seed=0, dtype=torch.float32, d_in=D_IN, d_sae=D_S
             sae.embedding.seen[::2] = True
     sae.dead_window.fill_(1000)
     sae.tokens_since_fired[:dead] = 5000
+    if sae.name == "equivariant":
+        sae.equivariance.fill_(0.7)
     if name == "mutual_choice" and dead:
         sae.density.copy_(k / d_sae * torch.rand(d_sae, generator=generator) ** 2)  # some are dying
     if name == "feature_choice":
@@ -95,8 +100,9 @@ def assert_same_step(sae, x, tolerance, z=None):
 
 NAMES = ["relu", "relu, norms", "gated", "topk", "jumprelu", "jumprelu, coeff", "batchtopk", "matryoshka"]
 NAMES += ["gradient", "gradient, others", "mutual_choice", "feature_choice", "atm", "gba"]
-NAMES += ["relu, embedding", "topk, embedding"]
+NAMES += ["relu, embedding", "topk, embedding", "equivariant", "equivariant, invariant"]
 WITH_K = ["topk", "batchtopk", "matryoshka", "mutual_choice", "gradient"]
+WITH_AUXK = [*WITH_K, "equivariant", "equivariant, invariant"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,7 +123,7 @@ def test_the_dense_path_is_that_of_dense_arithmetic(name, monkeypatch):
     assert isinstance(loss.code, DenseCode)
 
 
-@pytest.mark.parametrize("name", WITH_K)
+@pytest.mark.parametrize("name", WITH_AUXK)
 @pytest.mark.parametrize("dead", [1, 7, 100, D_SAE])
 def test_the_loss_that_revives_dead_latents_is_that_of_dense_arithmetic(name, dead):
     loss = assert_same_step(made(name, dead=dead), tokens(), 1e-5)
@@ -147,7 +153,8 @@ def test_rows_with_nothing_alive(name):
         sae.b_enc.sub_(100)
     loss = sae.loss(given(x))
     assert loss.code.l0() == 0
-    assert torch.equal(loss.x_hat, sae.b_dec.expand_as(x))
+    if sae.name != "equivariant":  # which turns it
+        assert torch.equal(loss.x_hat, sae.b_dec.expand_as(x))
     assert_same_step(sae, x, 1e-5)
 
 

@@ -77,7 +77,7 @@ def rows(stream: Iterable[Batch | Tensor], tokens: int) -> Iterator[Float[Tensor
     """The stream's activations, up to `tokens` rows; a model's in reading order, which needs no shuffle buffer."""
     seen, parts = 0, stream
     if isinstance(stream, Activations):
-        parts = (stream.read(item)[0].float() for item in stream.sequences(by_length=False))
+        parts = (stream.read(item)[0].float().flatten(0, -2) for item in stream.sequences(by_length=False))
     with tqdm(total=tokens, unit="token", unit_scale=True, desc="evaluate", leave=False, delay=2) as bar:
         for part in parts:
             x = as_batch(part).x[: tokens - seen]
