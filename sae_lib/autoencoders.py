@@ -7,19 +7,47 @@
 f and g are convolutions, one hidden layer, or a small vision transformer. The paper trains on autoencoders of shapes;
 which ones was not available, so these are our own.
 
-How far a(turned x) follows from a(x) by one matrix is what the chapter measures, and two things here decide it: whether
-images are turned in training (``augmented``), and whether the model is told where it looks (``position``).
+How far a(turned x) follows from a(x) by one matrix is what the chapter measures. Three dials move a model away from it:
+images are turned less in training (``augmented``), the model is told where it looks (``position``), and it does not see
+the right side of images (``blind``). Only the last moves it far: a code that must reconstruct everything reads all
+places alike, with or without being told which they are.
 """
 
 from __future__ import annotations
 
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sae_lib.groups import Group, explained
+from sae_lib.pocket.provenance import commit, sha256, write_bytes, write_json
+from sae_lib.shapes import draw_shapes
+
 KINDS = ("conv", "mlp", "vit")
+SHIPPED_IN = Path(__file__).parent / "assets" / "vision"
+SHIPPED: dict[str, dict[str, Any]] = {
+    "conv": {"kind": "conv"},
+    "mlp": {"kind": "mlp"},
+    "vit": {"kind": "vit"},
+    "conv-upright": {"kind": "conv", "augmented": 0.0},
+    "mlp-upright": {"kind": "mlp", "augmented": 0.0},
+    "vit-upright": {"kind": "vit", "augmented": 0.0},
+    "conv-broken": {"kind": "conv", "augmented": 0.0, "position": 1.0, "blind": 1.0},
+}
+"""Names of shipped autoencoders of shapes, and the dials of their training."""
+IMAGES_AT_ONCE = 1000
+"""Images in a forward pass."""
 
 
 class Autoencoder(nn.Module):
@@ -31,6 +59,7 @@ class Autoencoder(nn.Module):
         d_code: width of the code, at least 1.
         position: how strongly the model is told where it looks, at least 0: ``conv`` gets its coordinates as two more
             channels, ``vit`` a learned vector for each patch, times this. ``mlp`` has weights for each pixel anyway.
+        blind: share, in [0, 1], of the image's right half that the encoder does not see; the decoder must draw it.
         seed: of the initial weights.
 
     Raises:
@@ -43,6 +72,7 @@ class Autoencoder(nn.Module):
         shape: tuple[int, int, int] = (3, 24, 24),
         d_code: int = 64,
         position: float = 0.0,
+        blind: float = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -53,7 +83,11 @@ class Autoencoder(nn.Module):
             raise ValueError(f"height and width must be divisible by 4 for {kind}, got {height} x {width}: take mlp")
         if d_code < 1 or position < 0:
             raise ValueError(f"d_code must be at least 1 and position at least 0, got {d_code} and {position}")
-        self.settings = {"kind": kind, "shape": shape, "d_code": d_code, "position": position, "seed": seed}
+        if not 0 <= blind <= 1:
+            raise ValueError(f"blind must be in [0, 1], got {blind}")
+        self.settings = {"kind": kind, "shape": list(shape), "d_code": d_code, "position": position, "blind": blind}
+        seen = torch.arange(width) < width - round(blind * width / 2)
+        self.register_buffer("seen", seen.float(), persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             build = {"conv": convolutions, "mlp": perceptron, "vit": transformer}[kind]
@@ -66,7 +100,7 @@ class Autoencoder(nn.Module):
 
     def activations(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images d_code"]:
         """The code."""
-        return self.code(self.encoder(images))
+        return self.code(self.encoder(images * self.seen))
 
 
 def convolutions(shape: tuple[int, int, int], d_code: int, position: float) -> tuple[nn.Module, int, nn.Module]:
@@ -95,7 +129,7 @@ def convolutions(shape: tuple[int, int, int], d_code: int, position: float) -> t
 
 def perceptron(shape: tuple[int, int, int], d_code: int, position: float) -> tuple[nn.Module, int, nn.Module]:
     """One hidden layer before the code, and one after it."""
-    pixels, hidden = shape[0] * shape[1] * shape[2], 96
+    pixels, hidden = shape[0] * shape[1] * shape[2], 64
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU())
     decoder = nn.Sequential(
         nn.Linear(d_code, hidden), nn.ReLU(), nn.Linear(hidden, pixels), nn.Unflatten(1, tuple(shape))
@@ -170,7 +204,8 @@ def train_autoencoder(
     kind: str = "conv",
     augmented: float = 1.0,
     position: float = 0.0,
-    steps: int = 1500,
+    blind: float = 0.0,
+    steps: int = 800,
     batch_size: int = 128,
     d_code: int = 64,
     seed: int = 0,
@@ -182,6 +217,7 @@ def train_autoencoder(
         kind: ``conv``, ``mlp`` or ``vit``.
         augmented: chance, in [0, 1], that an image of a batch is turned, by 0 to 3 quarters.
         position: see `Autoencoder`.
+        blind: see `Autoencoder`.
         steps: at least 1.
         batch_size: images in a step, at least 1.
         d_code: width of the code.
@@ -197,7 +233,7 @@ def train_autoencoder(
         raise ValueError(f"images must be square to be turned, got {height} x {width}: crop them, or augmented=0")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
-    model = Autoencoder(kind, tuple(pixels.shape[1:]), d_code, position, seed)
+    model = Autoencoder(kind, tuple(pixels.shape[1:]), d_code, position, blind, seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -219,3 +255,90 @@ def turned(images: Tensor, turns: Tensor) -> Tensor:
     """Each image by its own number of quarter turns, 0 to 3."""
     images = torch.where((turns % 2 == 1)[:, None, None, None], images.rot90(1, (2, 3)), images)
     return torch.where((turns >= 2)[:, None, None, None], images.rot90(2, (2, 3)), images)
+
+
+def orbits(
+    model: Autoencoder, images: Float[Tensor, "images channels h h"], group: Group
+) -> Float[Tensor, "images group d_code"]:
+    """The codes of images under every element of a group, without gradients.
+
+    Raises:
+        ValueError: if images are not square.
+    """
+    with torch.no_grad():
+        return torch.cat(
+            [
+                torch.stack([model.activations(pose) for pose in group.orbit(some).unbind(1)], 1)
+                for some in images.split(IMAGES_AT_ONCE)
+            ]
+        )
+
+
+def load_autoencoder(name: str = "conv", folder: Path = SHIPPED_IN) -> Autoencoder:
+    """One of the shipped autoencoders of shapes. Chapter `equivariant`.
+
+    Args:
+        name: ``conv``, ``mlp`` or ``vit``, trained on all poses; the same with ``-upright``, on the stored pose alone;
+            ``conv-broken``, which saw no other pose, does not see the right half, and is told where it looks.
+        folder: where `make_autoencoders` wrote.
+
+    Raises:
+        ValueError: for a name that is not there.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(other.stem for other in folder.glob("*.safetensors"))) or f"none, in {folder}"
+        raise ValueError(f"name must be one of {there}, got {name!r}: make others by train_autoencoder")
+    with safe_open(path, "pt") as file:
+        model = Autoencoder(**json.loads(file.metadata()["settings"]))
+        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    return model.requires_grad_(False).eval()
+
+
+def save_autoencoder(model: Autoencoder, path: Path) -> None:
+    """Write settings, and weights in half precision."""
+    weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items()}
+    write_bytes(path, save(weights, {"settings": json.dumps(model.settings)}))
+
+
+def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 2000, n: int = 20_000) -> dict[str, dict]:
+    """Train, write and measure the autoencoders of `SHIPPED`, those that are not in the folder.
+
+    Args:
+        out: folder for the weights, and for ``provenance.json``, which says how they were made and what they do.
+        seed: of the shapes, the weights and the order of images; the held-out shapes have the seed after it.
+        steps: of each training.
+        n: shapes to train on; a tenth as many are held out.
+
+    Returns:
+        of each that was made: its dials, ``seconds``, ``bytes``, ``explained_variance`` of the held-out images in all
+        poses, ``map_r2`` of the matrix of a quarter turn, fitted to the codes of training images, on held-out ones,
+        and ``sha256`` of the file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = out / "provenance.json"
+    known = json.loads(written.read_text())["autoencoders"] if written.exists() else {}
+    train, test = draw_shapes(n, seed).pixels, draw_shapes(n // 10, seed + 1).pixels
+    made = {}
+    for name in [name for name in SHIPPED if not (out / f"{name}.safetensors").exists()]:
+        path, started = out / f"{name}.safetensors", time.perf_counter()
+        model = train_autoencoder(train, **SHIPPED[name], steps=steps, seed=seed)
+        save_autoencoder(model, path)
+        made[name] = {**SHIPPED[name], "seconds": round(time.perf_counter() - started, 1), "bytes": path.stat().st_size}
+        made[name] |= measured(load_autoencoder(name, out), train, test) | {"sha256": sha256(path)}
+        versions = {"python": platform.python_version(), "torch": version("torch")}
+        made_with = {"commit": commit("sae_lib/shapes.py", "sae_lib/autoencoders.py"), "versions": versions}
+        write_json(written, made_with | {"seed": seed, "steps": steps, "shapes": n, "autoencoders": known | made})
+    return made
+
+
+def measured(model: Autoencoder, train: Tensor, test: Tensor) -> dict[str, float]:
+    """Held-out explained variance over all poses, and R2 of the matrix of a quarter turn."""
+    group = Group(4)
+    poses = group.orbit(test).flatten(0, 1)
+    with torch.no_grad():
+        x_hat = torch.cat([model(some) for some in poses.split(IMAGES_AT_ONCE)])
+    error, spread = (x_hat - poses).square().sum(), (poses - poses.mean(0)).square().sum()
+    matrices = group.fit(orbits(model, train[: 2 * len(test)], group))
+    r2 = explained(group.moments(orbits(model, test, group).double()), matrices.double())
+    return {"explained_variance": round((1 - error / spread).item(), 4), "map_r2": round(r2.item(), 4)}

@@ -95,7 +95,7 @@ class Shapes(NamedTuple):
     place: Int[Tensor, " images"]
 
 
-def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 6) -> Shapes:
+def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 3) -> Shapes:
     """Images of one shape each: kind, colour and scale equally often, the rest continuous. Chapter `equivariant`.
 
     Within a class hue and radius vary; so do saturation, brightness, the background's grey, and the position, such that
@@ -123,7 +123,7 @@ def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 6) -> Shap
     radius = 0.12 + 0.05 * scale + uniform(0, 0.04)
     centre = uniform(-1, 1, 2) * (0.5 - radius)[:, None]
     ink = colours((colour / len(COLOURS) + uniform(-1 / 18, 1 / 18)) % 1, uniform(0.6, 1), uniform(0.6, 1))
-    grey = uniform(0, 0.3)
+    grey = uniform(0, 0.2)
     ends = uniform(-0.5, 0.5, clutter, 1, 2) + uniform(-0.12, 0.12, clutter, 2, 2)
     ends[:, ::2, 1] = ends[:, ::2, 0]  # a dot is a stroke that ends where it starts
     width, shade = uniform(0.01, 0.035, clutter), uniform(0, 0.6, clutter)

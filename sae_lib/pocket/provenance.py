@@ -9,8 +9,12 @@ import subprocess
 from pathlib import Path
 
 
-def commit() -> str:
-    """The commit of this source, ``+`` if ``sae_lib/pocket`` has changed since; ``unknown`` without a repository."""
+def commit(*paths: str) -> str:
+    """The commit of this source, ``+`` if files of it have changed since; ``unknown`` without a repository.
+
+    Args:
+        paths: files and folders that count, by default ``sae_lib/pocket``.
+    """
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -19,7 +23,9 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "sae_lib/pocket") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", *(paths or ["sae_lib/pocket"])) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
