@@ -46,7 +46,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "conv-broken": {"kind": "conv", "augmented": 0.0, "position": 1.0, "blind": 1.0},
 }
 """Names of shipped autoencoders of shapes, and the dials of their training."""
-IMAGES_AT_ONCE = 1000
+IMAGES_AT_ONCE = 500
 """Images in a forward pass."""
 
 
@@ -129,39 +129,36 @@ def convolutions(shape: tuple[int, int, int], d_code: int, position: float) -> t
 
 def perceptron(shape: tuple[int, int, int], d_code: int, position: float) -> tuple[nn.Module, int, nn.Module]:
     """One hidden layer before the code, and one after it."""
-    pixels, hidden = shape[0] * shape[1] * shape[2], 64
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU())
+    pixels, hidden = shape[0] * shape[1] * shape[2], 96
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.GELU())
     decoder = nn.Sequential(
-        nn.Linear(d_code, hidden), nn.ReLU(), nn.Linear(hidden, pixels), nn.Unflatten(1, tuple(shape))
+        nn.Linear(d_code, hidden), nn.GELU(), nn.Linear(hidden, pixels), nn.Unflatten(1, tuple(shape))
     )
     return encoder, hidden, decoder
 
 
 def transformer(shape: tuple[int, int, int], d_code: int, position: float) -> tuple[nn.Module, int, nn.Module]:
-    """Patches of 4 x 4 pixels, two layers of attention, and one in the decoder."""
+    """Patches of 4 x 4 pixels and two layers of attention; the decoder draws each patch by itself."""
     channels, height, width = shape
     patches, d_model, d_patch = (height // 4) * (width // 4), 48, 16
-
-    def layers(n: int) -> nn.Module:
-        options = {"dim_feedforward": 2 * d_model, "dropout": 0.0, "batch_first": True, "norm_first": True}
-        return nn.Sequential(*(nn.TransformerEncoderLayer(d_model, 4, **options) for _ in range(n)))
-
+    options = {"dim_feedforward": 2 * d_model, "dropout": 0.0, "batch_first": True, "norm_first": True}
     encoder = nn.Sequential(
         nn.PixelUnshuffle(4),
         nn.Flatten(2),
         Transpose(),
         nn.Linear(16 * channels, d_model),
         Embedding(patches, d_model, position),
-        layers(2),
+        nn.TransformerEncoderLayer(d_model, 4, **options),
+        nn.TransformerEncoderLayer(d_model, 4, **options),
         nn.Linear(d_model, d_patch),
         nn.Flatten(),
     )
     decoder = nn.Sequential(
         nn.Linear(d_code, patches * d_patch),
         nn.Unflatten(1, (patches, d_patch)),
-        nn.Linear(d_patch, d_model),
-        layers(1),
-        nn.Linear(d_model, 16 * channels),
+        nn.Linear(d_patch, 2 * d_model),
+        nn.GELU(),
+        nn.Linear(2 * d_model, 16 * channels),
         Transpose(),
         nn.Unflatten(2, (height // 4, width // 4)),
         nn.PixelShuffle(4),
@@ -257,21 +254,17 @@ def turned(images: Tensor, turns: Tensor) -> Tensor:
     return torch.where((turns >= 2)[:, None, None, None], images.rot90(2, (2, 3)), images)
 
 
-def orbits(
+def codes(
     model: Autoencoder, images: Float[Tensor, "images channels h h"], group: Group
 ) -> Float[Tensor, "images group d_code"]:
-    """The codes of images under every element of a group, without gradients.
+    """The activations of each image under every element of a group.
 
     Raises:
         ValueError: if images are not square.
     """
     with torch.no_grad():
-        return torch.cat(
-            [
-                torch.stack([model.activations(pose) for pose in group.orbit(some).unbind(1)], 1)
-                for some in images.split(IMAGES_AT_ONCE)
-            ]
-        )
+        poses = (group.orbit(some) for some in images.split(IMAGES_AT_ONCE))
+        return torch.cat([model.activations(some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in poses])
 
 
 def load_autoencoder(name: str = "conv", folder: Path = SHIPPED_IN) -> Autoencoder:
@@ -339,6 +332,6 @@ def measured(model: Autoencoder, train: Tensor, test: Tensor) -> dict[str, float
     with torch.no_grad():
         x_hat = torch.cat([model(some) for some in poses.split(IMAGES_AT_ONCE)])
     error, spread = (x_hat - poses).square().sum(), (poses - poses.mean(0)).square().sum()
-    matrices = group.fit(orbits(model, train[: 2 * len(test)], group))
-    r2 = explained(group.moments(orbits(model, test, group).double()), matrices.double())
+    matrices = group.fit(codes(model, train[: 2 * len(test)], group))
+    r2 = explained(group.moments(codes(model, test, group).double()), matrices.double())
     return {"explained_variance": round((1 - error / spread).item(), 4), "map_r2": round(r2.item(), 4)}

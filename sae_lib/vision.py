@@ -56,6 +56,7 @@ def load_images(source: str = "digits", seed: int = 0) -> tuple[Images, Images]:
         )
     else:
         (x, y), (x_test, y_test) = (read_images(source, split) for split in ("train", "test"))
+        x, x_test = x.reshape(len(x), -1), x_test.reshape(len(x_test), -1)
     mean, deviation = x.mean(), x.std()
     return tuple(
         Images(torch.tensor((pixels - mean) / deviation).float(), torch.tensor(labels).long())
@@ -63,8 +64,67 @@ def load_images(source: str = "digits", seed: int = 0) -> tuple[Images, Images]:
     )
 
 
-def read_images(source: str, split: str) -> tuple[Float[np.ndarray, "images d_pixels"], Int[np.ndarray, " images"]]:
-    """Pixels as they are stored, and classes, of one split of a data set."""
+class SquareImages(NamedTuple):
+    """Images that can be turned, and classes.
+
+    Attributes:
+        pixels: in [0, 1], of one channel or three, in the pose in which they are stored.
+        labels: class, from 0.
+    """
+
+    pixels: Float[Tensor, "images channels side side"]
+    labels: Int[Tensor, " images"]
+
+
+def load_square_images(
+    source: str = "digits", seed: int = 0, side: int | None = None
+) -> tuple[SquareImages, SquareImages]:
+    """Training and test images to be turned. Chapter `equivariant`.
+
+    Args:
+        source: ``digits``, of 8 x 8 pixels in one channel; or what `datasets` loads, as in `load_images`, such as
+            ``matthieulel/galaxy10_decals`` (galaxies, 256 x 256) or ``danjacobellis/bloodmnist_224`` (blood cells,
+            224 x 224).
+        seed: of the split of ``digits``, as in `load_images`.
+        side: average images of other sources down to so many pixels on a side; by default they stay as they are.
+
+    Raises:
+        ValueError: images are not square, or as `load_images`.
+        ImportError: `datasets` is needed and not installed.
+    """
+    if source == "digits":
+        if side not in (None, 8):
+            raise ValueError(f"side of digits must be 8, got {side}: leave it out")
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        x, x_test, y, y_test = train_test_split(
+            digits.images / 16, digits.target, test_size=TEST_SHARE, stratify=digits.target, random_state=seed
+        )
+        read = (x, y), (x_test, y_test)
+    else:
+        read = ((pixels / 255, labels) for pixels, labels in (read_images(source, s, side) for s in ("train", "test")))
+    return tuple(square(pixels, labels) for pixels, labels in read)
+
+
+def square(pixels: np.ndarray, labels: np.ndarray) -> SquareImages:
+    """Images of (height, width) or (height, width, channels) as tensors, channels first."""
+    if pixels.shape[1] != pixels.shape[2]:
+        raise ValueError(f"images must be square to be turned, got {pixels.shape[1]} x {pixels.shape[2]}: crop them")
+    pixels = torch.tensor(pixels).float()
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
+    return SquareImages(pixels, torch.tensor(labels).long())
+
+
+def read_images(source: str, split: str, side: int | None = None) -> tuple[np.ndarray, Int[np.ndarray, " images"]]:
+    """Pixels of one split of a data set, (images, height, width) or with channels last, and classes.
+
+    Args:
+        source: see `load_images`.
+        split: its name.
+        side: average each image down to so many pixels on a side.
+    """
     try:
         import datasets
     except ImportError as missing:
@@ -72,10 +132,14 @@ def read_images(source: str, split: str) -> tuple[Float[np.ndarray, "images d_pi
     rows = datasets.load_dataset(source, split=split)
     if not {"image", "label"} <= set(rows.column_names):
         raise ValueError(f"rows of {source} must have image and label, got {', '.join(rows.column_names)}")
-    read = tqdm(rows, desc=f"{split} images", unit="image", leave=False, delay=2)
-    pixels = [np.asarray(row["image"], dtype=np.float64).ravel() for row in read]
-    if len(sizes := {len(image) for image in pixels}) > 1:
-        raise ValueError(f"images must have one size, got some of {min(sizes)} and some of {max(sizes)} numbers")
+    pixels = []
+    for row in tqdm(rows, desc=f"{split} images", unit="image", leave=False, delay=2):
+        image = row["image"]
+        if side is not None and image.height == image.width:
+            image = image.resize((side, side), resample=4)  # PIL's box filter: the mean of what falls into a pixel
+        pixels.append(np.asarray(image))
+    if len(sizes := {" x ".join(map(str, image.shape)) for image in pixels}) > 1:
+        raise ValueError(f"images must have one size, got some of {min(sizes)} and some of {max(sizes)}")
     return np.stack(pixels), np.array(rows["label"])
 
 

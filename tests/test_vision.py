@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lib.vision import Classifier, Images, accuracy, load_images, train_classifier
+from sae_lib.vision import Classifier, Images, accuracy, load_images, load_square_images, train_classifier
 
 
 def test_the_digits_are_split_by_the_seed_with_all_classes_in_both_parts():
@@ -74,10 +74,41 @@ def test_other_images_are_read_with_the_split_that_they_come_with(folder):
 
 
 def test_images_of_several_sizes_and_other_columns_are_refused(folder):
-    with pytest.raises(ValueError, match="images must have one size, got some of 4 and some of 6 numbers"):
+    with pytest.raises(ValueError, match="images must have one size, got some of 2 x 2 and some of 3 x 2"):
         load_images(folder(sizes=((3, 2), (2, 2))))
     with pytest.raises(ValueError, match="must have image and label, got image, digit"):
         load_images(folder(label="digit"))
+
+
+def test_square_images_have_channels_first_and_pixels_from_0_to_1(folder):
+    train, test = load_square_images(folder(sizes=((2, 2, 3), (2, 2, 3))))
+    assert train.pixels.shape == (2, 3, 2, 2)
+    assert train.pixels[:, 0, 0, 0].tolist() == pytest.approx([10 / 255, 11 / 255])
+    assert test.labels.tolist() == [5, 7]
+    ours, _ = load_square_images("digits", seed=3)
+    theirs, _ = load_images("digits", seed=3)  # the same split, each pixel in its place
+    assert ours.pixels.shape == (1257, 1, 8, 8)
+    assert (ours.pixels.min(), ours.pixels.max()) == (0, 1)
+    assert torch.equal(ours.labels, theirs.labels)
+    assert torch.corrcoef(torch.stack([ours.pixels.flatten(), theirs.pixels.flatten()]))[0, 1] > 1 - 1e-5
+
+
+def test_large_images_are_averaged_down(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = np.array([[0, 100, 40, 40], [100, 200, 40, 40], [8, 8, 0, 0], [8, 8, 0, 0]], dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_dict({"image": [image], "label": [1]}, features=features)
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    train, _ = load_square_images(str(tmp_path), side=2)
+    assert torch.allclose(255 * train.pixels, torch.tensor([[[[100.0, 40.0], [8.0, 0.0]]]]))
+
+
+def test_images_that_cannot_be_turned_are_refused(folder):
+    with pytest.raises(ValueError, match="must be square to be turned, got 3 x 2: crop them"):
+        load_square_images(folder())
+    with pytest.raises(ValueError, match="side of digits must be 8, got 24"):
+        load_square_images("digits", side=24)
 
 
 def test_classes_are_those_of_the_training_images():
