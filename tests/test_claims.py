@@ -14,7 +14,7 @@ NUMBERS = {
     "atm": [*map(str, range(1, 11))],
     "choice": [*map(str, range(1, 12))],
     "gradient": [*map(str, range(1, 8)), "k1", "k2", "k3", "k4", "k5"],
-    "equivariant": [*map(str, range(1, 10))],
+    "equivariant": [*map(str, range(1, 10)), *(f"k{number}" for number in range(1, 8))],
     "neuron_embeddings": [*map(str, range(1, 11))],
     "gba": [*map(str, range(1, 10))],
     "baselines": [*map(str, range(1, 7))],
