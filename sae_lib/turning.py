@@ -1,4 +1,4 @@
-"""Images in all poses: side by side, and as a piece that the reader turns while activations and codes follow.
+"""What a turn does: images in all poses, eigenvalues, and a piece that turns an image while its code stays or jumps.
 
 See `sae_lib.components` for what pieces are made of. Chapter `equivariant`.
 """
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sae_lib.components import Piece, piece
+from sae_lib.figures import INK, PALETTE
 
 WIDE, HIGH, MARK = 100.0, 20.0, 0.5
 """Of a strip's drawing, in units of its own; the last is how thick the lines of what is expected are."""
@@ -46,7 +47,8 @@ def gallery(
     for what, names, number in (("rows", rows, n_rows), ("columns", columns, n_columns)):
         if names is not None and len(names) != number:
             raise ValueError(f"{what} must name each of the {number} {what} of images, got {len(names)}")
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(size * n_columns, size * n_rows), squeeze=False)
+    beside = 0.08 * max(map(len, rows or [""]))  # inches that the names of the rows take
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(size * n_columns + beside, size * n_rows), squeeze=False)
     for i, j in np.ndindex(n_rows, n_columns):
         axes[i, j].imshow(images[i, j], interpolation="nearest")
         axes[i, j].set(xticks=[], yticks=[])
@@ -55,6 +57,34 @@ def gallery(
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
     for ax, name in zip(axes[0], columns or [], strict=columns is not None):
         ax.set_title(name, loc="center", fontsize="small")
+    return figure
+
+
+def eigenvalues(matrices: Mapping[str, Float[Tensor, "d_in d_in"]], order: int) -> Figure:
+    """The eigenvalues of each matrix in the complex plane, beside the roots of one. Chapter `equivariant`.
+
+    If `order` turns are none, each eigenvalue of a turn's matrix is one of the `order` roots of one, on the unit
+    circle; those of a matrix that shrinks lie inside.
+
+    Args:
+        matrices: label -> matrix, at least one.
+        order: of the turn, at least 1.
+
+    Raises:
+        ValueError: if there is no matrix.
+    """
+    if not matrices:
+        raise ValueError("matrices must hold at least one label, got none")
+    circle = torch.polar(torch.ones(241), torch.linspace(0, 2 * torch.pi, 241))
+    roots = torch.polar(torch.ones(order), torch.arange(order) * 2 * torch.pi / order)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(3.1 * len(matrices), 3.2), sharey=True, squeeze=False)
+    for ax, (label, matrix) in zip(axes[0], matrices.items(), strict=True):
+        values = torch.linalg.eigvals(matrix.detach().double()).cpu()
+        ax.plot(circle.real, circle.imag, color=INK, linewidth=0.8)
+        ax.plot(roots.real, roots.imag, "o", color=PALETTE[1], fillstyle="none", markersize=13)
+        ax.plot(values.real, values.imag, ".", color=PALETTE[0], alpha=0.6)
+        ax.set(title=label, xlabel="real part", aspect="equal")
+    axes[0, 0].set_ylabel("imaginary part")
     return figure
 
 

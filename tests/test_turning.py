@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lib.turning import gallery, turning
+from sae_lib.turning import eigenvalues, gallery, turning
 
 UPRIGHT = torch.tensor([[[0.0, 1.0], [0.2, 0.4]]]).expand(3, 2, 2)
 IMAGES = torch.stack([torch.stack([torch.rot90(UPRIGHT, p, (1, 2)) for p in range(4)]), torch.zeros(4, 3, 2, 2)])
@@ -162,3 +162,15 @@ def test_a_gallery_shows_every_image_at_its_place_and_names_them():
     plt.close("all")
     with pytest.raises(ValueError, match="columns must name each of the 4 columns of images, got 1"):
         gallery(IMAGES, columns=["0°"])
+
+
+def test_eigenvalues_stand_beside_the_roots_of_one():
+    figure = eigenvalues({"turn": torch.tensor([[0.0, -0.5], [0.5, 0.0]]), "none": torch.eye(2)}, order=4)
+    for ax, expected in zip(figure.axes, ([(0, -0.5), (0, 0.5)], [(1, 0), (1, 0)]), strict=True):
+        _, roots, values = (sorted(zip(*(part.round(4) for part in line.get_data()), strict=True)) for line in ax.lines)
+        assert np.allclose(values, expected)
+        assert np.allclose(roots, [(-1, 0), (0, -1), (0, 1), (1, 0)], atol=1e-6)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["turn", "none"]
+    plt.close("all")
+    with pytest.raises(ValueError, match="at least one label"):
+        eigenvalues({}, order=4)
