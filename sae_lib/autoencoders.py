@@ -85,7 +85,7 @@ class Autoencoder(nn.Module):
             raise ValueError(f"d_code must be at least 1 and position at least 0, got {d_code} and {position}")
         if not 0 <= blind <= 1:
             raise ValueError(f"blind must be in [0, 1], got {blind}")
-        self.settings = {"kind": kind, "shape": list(shape), "d_code": d_code, "position": position, "blind": blind}
+        self.settings = {"kind": kind, "shape": shape, "d_code": d_code, "position": position, "blind": blind}
         seen = torch.arange(width) < width - round(blind * width / 2)
         self.register_buffer("seen", seen.float(), persistent=False)
         with torch.random.fork_rng(devices=[]):
@@ -283,7 +283,8 @@ def load_autoencoder(name: str = "conv", folder: Path = SHIPPED_IN) -> Autoencod
         there = ", ".join(sorted(other.stem for other in folder.glob("*.safetensors"))) or f"none, in {folder}"
         raise ValueError(f"name must be one of {there}, got {name!r}: make others by train_autoencoder")
     with safe_open(path, "pt") as file:
-        model = Autoencoder(**json.loads(file.metadata()["settings"]))
+        settings = json.loads(file.metadata()["settings"])
+        model = Autoencoder(**settings | {"shape": tuple(settings["shape"])})
         model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     return model.requires_grad_(False).eval()
 
@@ -294,7 +295,7 @@ def save_autoencoder(model: Autoencoder, path: Path) -> None:
     write_bytes(path, save(weights, {"settings": json.dumps(model.settings)}))
 
 
-def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 2000, n: int = 20_000) -> dict[str, dict]:
+def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 1500, n: int = 20_000) -> dict[str, dict]:
     """Train, write and measure the autoencoders of `SHIPPED`, those that are not in the folder.
 
     Args:
