@@ -7,7 +7,7 @@ INSTALLED := .venv/installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d
 BOOKFLAGS ?=
 BENCHFLAGS ?=
 PEERS := sae-lens dictionary-learning eai-sparsify overcomplete
-PARITY := sae-bench sae-lens dictionary-learning
+PARITY := sae-bench sae-lens dictionary-learning eai-sparsify
 
 .PHONY: book test stress bench results parity clean
 
@@ -24,7 +24,7 @@ stress: $(INSTALLED)  ## what make test does a few times, many times: a training
 bench: $(INSTALLED) $(PEERS:%=_build/peers/%/installed)  ## a training step here and in other libraries; BENCHFLAGS="--help" lists options
 	PYTHONPATH=tests $(BIN)/python -m peers.bench $(BENCHFLAGS)
 
-parity: $(INSTALLED) $(PARITY:%=_build/peers/%/installed)  ## our metrics on other libraries' inputs, computed anew in their own environments
+parity: $(INSTALLED) $(PARITY:%=_build/peers/%/installed)  ## our metrics and saved SAEs against other libraries', computed anew in their own environments
 	PYTHONPATH=tests $(BIN)/python -m peers.parity
 
 results: $(INSTALLED)  ## run what book/experiments.yml describes at pocket scale, a process a core; what is there is not run again

@@ -1,13 +1,13 @@
 """SAEBench's interface for SAEs of others: what its evaluations call on them, around one of ours.
 
 They give activations of any leading shape, and read ``cfg``, ``dtype``, ``device`` and the weights. Read off sae-bench
-0.6.0, whose own ``CustomSAEConfig`` has the same fields.
+0.6.0.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from sae_lib.sae import SAE
 
 @dataclass
 class Config:
-    """What SAEBench asks of ``sae.cfg``; it sets some of it itself."""
+    """What SAEBench asks of ``sae.cfg``, to which it adds more by itself."""
 
     model_name: str
     hook_name: str
@@ -30,19 +30,8 @@ class Config:
     dtype: str
     device: str
     hook_head_index: None = None
-    context_size: int | None = None
     prepend_bos: bool = True
     normalize_activations: str = "none"
-    apply_b_dec_to_input: bool | None = None
-    activation_fn_str: str = ""
-    finetuning_scaling_factor: bool = False
-    dataset_path: str = ""
-    dataset_trust_remote_code: bool = False
-    seqpos_slice: tuple = (None,)
-    training_tokens: int = 0
-    sae_lens_training_version: str | None = None
-    neuronpedia_id: str | None = None
-    model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For SAEBench's result files."""
@@ -89,7 +78,7 @@ class CustomSAE(nn.Module):
         return self.sae.encode(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
     def decode(self, z: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_in"]:
-        return self.sae.decode(z)
+        return self.sae.decode(z.reshape(-1, z.shape[-1])).unflatten(0, z.shape[:-1])
 
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_in"]:
         return self.decode(self.encode(x))

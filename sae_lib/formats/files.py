@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -51,12 +51,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
-    except Exception as error:  # pickle.UnpicklingError: it names a function to call
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        reason = "it holds more than tensors"
+    except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
+        reason = "it holds more than tensors, or is damaged"
     else:
         if isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values()):
             return floats(found)

@@ -151,5 +151,6 @@ def write(sae: SAE, folder: Path, model: str | None = None, site: str | None = N
     if architecture == "topk":
         cfg |= {"k": same.k, "rescale_acts_by_decoder_norm": False}
     cfg["metadata"] = {"sae_lens_version": VERSION, "model_name": model, "hook_name": site, "sae_lib_variant": sae.name}
+    cfg["metadata"] |= {"prepend_bos": True}  # as all our streams of texts do
     save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / "sae_weights.safetensors")
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")

@@ -1,9 +1,11 @@
-"""Whether our metrics give what other libraries' own functions give, on the same inputs: ``make parity``.
+"""Whether we give what other libraries' own functions give, on the same inputs: ``make parity``.
 
 The file of a library (`sae_bench`) runs in that library's environment and writes inputs and outputs to a file. Such a
-file is kept in ``tests/fixtures``, and ``tests/metrics/test_<library>.py`` compares with it wherever tests run. Here it
-is written anew, to ``_build/parity``, and compared with the one that is kept; then the same tests run on the new one.
-If the library has changed its mind, and it is us who should follow, copy the new file over the kept one.
+file is kept in ``tests/fixtures``, and ``test_<library>.py`` compares with it wherever tests run. Here it is written
+anew, to ``_build/parity``, and compared with the one that is kept; then the same tests run on the new one. If the
+library has changed its mind, and it is us who should follow, copy the new file over the kept one.
+
+Metrics are compared, and saved SAEs: a library with `GIVEN` reads folders that we write for it, and we read its own.
 
 To add a library: its file here, its tests there, a line in `LIBRARIES`, its name in the Makefile.
 """
@@ -11,13 +13,18 @@ To add a library: its file here, its tests there, a line in `LIBRARIES`, its nam
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from peers.folders import cases
+from peers.our_saes import TOLERANCE, apart, written
 
 ROOT = Path(__file__).parents[2]
 KEPT, NEW = ROOT / "tests/fixtures", ROOT / "_build/parity"
@@ -27,9 +34,18 @@ LIBRARIES = {
     "sae_bench": "sae-bench",
     "sae_lens_evals": "sae-lens",
     "dictionary_learning_evaluation": "dictionary-learning",
+    "sae_lens_formats": "sae-lens",
+    "dictionary_learning_formats": "dictionary-learning",
+    "sparsify_formats": "eai-sparsify",
+    "sae_bench_custom": "sae-bench",
 }
 """File and environment of each library."""
-TOLERANCE = 1e-6
+GIVEN = {
+    "sae_lens_formats": ("sae_lens", "gemma_scope"),
+    "dictionary_learning_formats": ("dictionary_learning",),
+    "sparsify_formats": ("sparsify",),
+}
+"""The formats in which a library is given SAEs of ours."""
 TRAINED = 1e-4
 """Of what is trained: a sum's rounding can decide a sign near zero, and L1 and Adam go by signs."""
 
@@ -47,13 +63,16 @@ def record(library: str) -> None:
     Raises:
         subprocess.CalledProcessError: if it cannot; what it said is on standard error.
     """
-    NEW.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(NEW / library, ignore_errors=True)
+    (NEW / library).mkdir(parents=True)
+    for format in GIVEN.get(library, ()):
+        written(NEW / library / format, format)
     python = ROOT / f"_build/peers/{LIBRARIES[library]}/bin/python"
     quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     subprocess.run(
         [python, "-m", f"peers.{library}", NEW / f"{library}.safetensors"],
         cwd=ROOT / "tests",
-        env=os.environ | quiet | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         check=True,
     )
@@ -71,6 +90,19 @@ def differences(kept: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
     return sorted(found)
 
 
+def file_of_tests(library: str) -> Path:
+    """The file of tests that compares with its record."""
+    (path,) = (ROOT / "tests").glob(f"*/test_{library}.py")
+    return path
+
+
+def table(found: dict[str, Tensor]) -> list[str]:
+    """How far we are from a library, a line a folder: the codes, and the reconstructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {name: apart(found, name, Path(folder) / name) for name in cases(found, "")}
+    return [f"{name:60} {codes:.0e} {reconstructions:.0e}" for name, (codes, reconstructions) in rows.items()]
+
+
 def main() -> None:
     failed = False
     for library in LIBRARIES:
@@ -80,8 +112,8 @@ def main() -> None:
         changed = differences(kept, new)
         others = [f"({name} was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
         print(f"{library}: of {len(new)} tensors, {len(changed)} differ from those kept", *changed, *others, sep="\n  ")
-        sys.stdout.flush()
-        command = [sys.executable, "-m", "pytest", "--quiet", ROOT / f"tests/metrics/test_{library}.py"]
+        print(*(table(new) if library in GIVEN else []), sep="\n", flush=True)
+        command = [sys.executable, "-m", "pytest", "--quiet", file_of_tests(library)]
         ran = subprocess.run(command, cwd=ROOT, env=os.environ | {CHOSEN: str(NEW)})
         failed |= bool(changed or ran.returncode)
     sys.exit(failed)

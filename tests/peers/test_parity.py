@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peers.parity import KEPT, LIBRARIES, ROOT, differences, recorded
+from peers.parity import KEPT, LIBRARIES, ROOT, differences, file_of_tests, recorded
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -11,7 +11,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_each_library_has_a_file_a_record_tests_and_an_environment(library):
     assert (ROOT / f"tests/peers/{library}.py").exists()
-    assert (ROOT / f"tests/metrics/test_{library}.py").exists()
+    assert file_of_tests(library).exists()
     found, versions = recorded(library, KEPT)
     assert found
     assert LIBRARIES[library] in versions
@@ -20,7 +20,7 @@ def test_each_library_has_a_file_a_record_tests_and_an_environment(library):
 
 
 def test_records_stay_small():
-    assert sum(path.stat().st_size for path in KEPT.iterdir()) < 200_000
+    assert sum(path.stat().st_size for path in KEPT.iterdir()) < 500_000
 
 
 def test_differences_are_named():
