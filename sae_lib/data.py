@@ -108,7 +108,14 @@ def _hub(name: str, split: str, limit: int | None) -> list[Record]:
         raise ImportError(f"{name!r} is on the Hub, which needs datasets: pip install datasets") from missing
     if limit is None:
         raise ValueError(f"limit must be given for a data set of the Hub such as {name!r}; how many texts are wanted?")
-    return [Record(row["text"]) for row in datasets.load_dataset(name, split=split, streaming=True).take(limit)]
+    rows = iter(datasets.load_dataset(name, split=split, streaming=True))
+    first = next(rows, {"text": ""})
+    if not isinstance(first.get("text"), str):
+        raise ValueError(
+            f"{name!r} must have a column 'text' of strings, got {', '.join(first)}: take another data set"
+        )
+    texts = (row["text"] for row in itertools.chain([first], rows))
+    return [Record(text) for text in itertools.islice(filter(str.strip, texts), limit)]
 
 
 class PlantedDictionary:

@@ -94,6 +94,22 @@ def test_a_hub_name_streams_the_asked_number_of_texts(monkeypatch):
         load_texts("org/name", limit=3)
 
 
+def test_a_folder_that_stands_in_for_the_hub_has_its_splits_without_empty_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/name").mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": text, "meta": 1}) + "\n" for text in (f"{split} 0", "", " ", f"{split} 3", "more")]
+        (tmp_path / "org/name" / f"{split}.jsonl").write_text("".join(lines))
+    for split in ("train", "test"):
+        assert load_texts("org/name", split, limit=2) == [Record(f"{split} 0"), Record(f"{split} 3")]
+    with pytest.raises(ValueError, match="Bad split: validation"):
+        load_texts("org/name", "validation", limit=2)
+    (tmp_path / "org/other").mkdir()
+    (tmp_path / "org/other/train.jsonl").write_text(json.dumps({"content": "one"}) + "\n")
+    with pytest.raises(ValueError, match="'org/other' must have a column 'text' of strings, got content"):
+        load_texts("org/other", limit=2)
+
+
 # Planted dictionaries -------------------------------------------------------------------------------------------------
 
 
