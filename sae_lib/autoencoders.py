@@ -140,7 +140,7 @@ def perceptron(shape: tuple[int, int, int], d_code: int, position: float) -> tup
 def transformer(shape: tuple[int, int, int], d_code: int, position: float) -> tuple[nn.Module, int, nn.Module]:
     """Patches of 4 x 4 pixels and two layers of attention; the decoder draws each patch by itself."""
     channels, height, width = shape
-    patches, d_model, d_patch = (height // 4) * (width // 4), 48, 16
+    patches, d_model, d_patch = (height // 4) * (width // 4), 32, 16
     options = {"dim_feedforward": 2 * d_model, "dropout": 0.0, "batch_first": True, "norm_first": True}
     encoder = nn.Sequential(
         nn.PixelUnshuffle(4),
@@ -148,8 +148,8 @@ def transformer(shape: tuple[int, int, int], d_code: int, position: float) -> tu
         Transpose(),
         nn.Linear(16 * channels, d_model),
         Embedding(patches, d_model, position),
-        nn.TransformerEncoderLayer(d_model, 4, **options),
-        nn.TransformerEncoderLayer(d_model, 4, **options),
+        nn.TransformerEncoderLayer(d_model, 2, **options),
+        nn.TransformerEncoderLayer(d_model, 2, **options),
         nn.Linear(d_model, d_patch),
         nn.Flatten(),
     )
@@ -296,43 +296,45 @@ def save_autoencoder(model: Autoencoder, path: Path) -> None:
 
 
 def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 1500, n: int = 20_000) -> dict[str, dict]:
-    """Train, write and measure the autoencoders of `SHIPPED`, those that are not in the folder.
+    """Train, write and measure the autoencoders of `SHIPPED`, all that are not in the folder.
 
     Args:
-        out: folder for the weights, and for ``provenance.json``, which says how they were made and what they do.
+        out: folder for the weights, and for ``provenance.json``, which says how each was made and what it does.
         seed: of the shapes, the weights and the order of images; the held-out shapes have the seed after it.
         steps: of each training.
         n: shapes to train on; a tenth as many are held out.
 
     Returns:
-        of each that was made: its dials, ``seconds``, ``bytes``, ``explained_variance`` of the held-out images in all
-        poses, ``map_r2`` of the matrix of a quarter turn, fitted to the codes of training images, on held-out ones,
-        and ``sha256`` of the file.
+        of each that was made: dials, seed and sizes; ``explained_variance`` of the held-out images in all poses;
+        ``map_r2`` of the matrix of a quarter turn, fitted to codes of training images, on those of held-out ones;
+        ``seconds`` of the training; commit, versions, ``bytes`` and ``sha256`` of the file.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = out / "provenance.json"
-    known = json.loads(written.read_text())["autoencoders"] if written.exists() else {}
+    known = json.loads(written.read_text()) if written.exists() else {}
+    missing = [name for name in SHIPPED if name not in known or not (out / f"{name}.safetensors").exists()]
     train, test = draw_shapes(n, seed).pixels, draw_shapes(n // 10, seed + 1).pixels
-    made = {}
-    for name in [name for name in SHIPPED if not (out / f"{name}.safetensors").exists()]:
+    for name in missing:
         path, started = out / f"{name}.safetensors", time.perf_counter()
         model = train_autoencoder(train, **SHIPPED[name], steps=steps, seed=seed)
+        seconds = round(time.perf_counter() - started, 1)
         save_autoencoder(model, path)
-        made[name] = {**SHIPPED[name], "seconds": round(time.perf_counter() - started, 1), "bytes": path.stat().st_size}
-        made[name] |= measured(load_autoencoder(name, out), train, test) | {"sha256": sha256(path)}
-        versions = {"python": platform.python_version(), "torch": version("torch")}
-        made_with = {"commit": commit("sae_lib/shapes.py", "sae_lib/autoencoders.py"), "versions": versions}
-        write_json(written, made_with | {"seed": seed, "steps": steps, "shapes": n, "autoencoders": known | made})
-    return made
+        known[name] = SHIPPED[name] | {"seed": seed, "steps": steps, "shapes": n}
+        known[name] |= measured(load_autoencoder(name, out), train[: n // 5], test)
+        known[name] |= {"seconds": seconds, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        known[name] |= {"python": platform.python_version(), "torch": version("torch")}
+        known[name] |= {"commit": commit("sae_lib/shapes.py", "sae_lib/autoencoders.py")}
+        write_json(written, known)
+    return {name: known[name] for name in missing}
 
 
 def measured(model: Autoencoder, train: Tensor, test: Tensor) -> dict[str, float]:
-    """Held-out explained variance over all poses, and R2 of the matrix of a quarter turn."""
+    """Explained variance of test images over all poses, and R2 on them of the matrix of a quarter turn."""
     group = Group(4)
     poses = group.orbit(test).flatten(0, 1)
     with torch.no_grad():
         x_hat = torch.cat([model(some) for some in poses.split(IMAGES_AT_ONCE)])
     error, spread = (x_hat - poses).square().sum(), (poses - poses.mean(0)).square().sum()
-    matrices = group.fit(codes(model, train[: 2 * len(test)], group))
+    matrices = group.fit(codes(model, train, group))
     r2 = explained(group.moments(codes(model, test, group).double()), matrices.double())
     return {"explained_variance": round((1 - error / spread).item(), 4), "map_r2": round(r2.item(), 4)}
