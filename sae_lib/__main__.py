@@ -17,6 +17,7 @@ except ImportError:
 
 import sae_lib
 from sae_lib.distributed import launched, rank
+from sae_lib.formats import FORMATS, save_as
 from sae_lib.pocket.provenance import write_bytes
 
 ASSETS = Path(__file__).parent / "assets"
@@ -224,6 +225,29 @@ def reproduce(
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         typer.secho("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder of any format, or hf:org/name on the Hugging Face Hub.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "sae_lib",
+    model: Annotated[
+        str | None, typer.Option(help="On whose activations it was trained, for formats that say.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Where in the model, for formats that say.")] = None,
+) -> None:
+    """Write a saved SAE as another library stores its own; codes and reconstructions stay as they are.
+
+    python -m sae_lib convert runs/topk/0-topk --to sae_lens --out runs/topk-sae-lens
+    """
+    try:
+        sae = sae_lib.load(source)
+        path = save_as(sae, out, to, model, site)
+        typer.echo(f"{path}  {sae.name} with {sae.d_sae:,} latents, as {to}: {', '.join(FORMATS[to].FILES)}")
+    except (ValueError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(1) from None
 
 

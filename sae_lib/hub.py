@@ -27,10 +27,16 @@ def fetch(name: str, files: Collection[str]) -> Path:
     hub, inside = imported(), f"{folder}/" if folder else ""
     try:
         patterns = [inside + file for file in files]
-        return Path(hub.snapshot_download(f"{organisation}/{repository}", allow_patterns=patterns)) / folder
+        path = Path(hub.snapshot_download(f"{organisation}/{repository}", allow_patterns=patterns)) / folder
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} must be on the Hub, readable by you, or in the local cache: {reason}") from None
+    if not any((path / file).is_file() for file in files):
+        raise ValueError(
+            f"{name} must hold an SAE, got none of {', '.join(sorted(files))}; if its folders hold some, name one: "
+            "hf:org/name/folder"
+        )
+    return path
 
 
 def push(folder: Path, name: str, card: str, private: bool) -> str:

@@ -243,7 +243,9 @@ class SAE(nn.Module, ABC):
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save(Path(temporary) / "sae")
             config = json.loads((folder / "config.json").read_text())
-            about = {"model": model, "site": site, "tokens trained on": f"{int(self.tokens_trained):,}"}
+            about = {"model": model, "site": site}
+            if self.tokens_trained > 1:  # else it comes from another library, and how many they were is not known
+                about["tokens trained on"] = f"{int(self.tokens_trained):,}"
             about |= {
                 "texts, by their hashes": ", ".join(self.trained_on),
                 "sha256 of the weights": config["weights_sha256"],

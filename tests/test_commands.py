@@ -1,8 +1,10 @@
-"""`evaluate` and `reproduce` on the command line: what the library gives, one line for a mistake, an end that shows."""
+"""`evaluate`, `convert` and `reproduce` on the command line: what the library gives, one line for a mistake."""
 
+import json
 import random
 
 import pytest
+import torch
 import yaml
 from tiny_models import WORDS, tiny_gpt2
 from typer.testing import CliRunner
@@ -72,6 +74,40 @@ def test_a_site_without_curves_is_one_line(saved, texts, monkeypatch, as_a_user)
     assert "error: the book's comparison must have a curve at" in said
     assert "Traceback" not in said
     assert "against must be book, got 'moon'" in run("evaluate", saved[0], *where, "--against", "moon", code=1)
+
+
+# convert --------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_another_librarys_folder_and_back(saved, tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert run("convert", saved[0], "--to", "sae_lens", "--out", there, "--model", "gpt2", "--site", SITE) == (
+        f"{there}  topk with 20 latents, as sae_lens: cfg.json, sae_weights.safetensors\n"
+    )
+    assert json.loads((there / "cfg.json").read_text())["metadata"]["hook_name"] == SITE
+    assert run("convert", there, "--out", back).startswith(f"{back}  topk with 20 latents, as sae_lib")
+    x = torch.randn(5, 12)
+    assert torch.equal(sae_lib.load(back).encode(x), sae_lib.load(saved[0]).encode(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{sae}", "--to", "saelens", "--out", "{new}"), "format must be one of"),
+        (("{sae}", "--to", "gemma_scope", "--out", "{new}"), "must be decided by thresholds"),
+        (("{sae}", "--to", "sae_lens", "--out", "{sae}"), "path must be new"),
+        (("{new}", "--to", "sae_lens", "--out", "{new}"), "path must be a folder"),
+        (("hf:org", "--to", "sae_lens", "--out", "{new}"), "must be hf:org/name"),
+    ],
+)
+def test_convert_says_in_one_line_why_it_wrote_nothing(saved, tmp_path, as_a_user, arguments, message):
+    places = {"sae": saved[0], "new": tmp_path / "new"}
+    output = run("convert", *(argument.format(**places) for argument in arguments), code=1)
+    assert output.startswith("error: ")
+    assert message in output
+    assert output.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    sae_lib.load(saved[0])
 
 
 # reproduce ------------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def format_of(folder: Path) -> ModuleType:
             return part
     known = "; ".join(f"{name}: {' and '.join(part.FILES)}" for name, part in FORMATS.items())
     if folder.is_dir():
-        inside = sorted({path.parent.relative_to(folder) for name in FILES for path in folder.rglob(name)})
-        hint = f"; it holds {', '.join(map(str, inside[:5]))}" if inside and inside != [Path(".")] else ""
+        inside = sorted({path.parent.name for name in FILES for path in folder.glob(f"*/{name}")})
+        hint = f"; in it lie {', '.join(inside[:5])}" if inside else ""
     else:
         names = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, names)

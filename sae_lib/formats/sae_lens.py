@@ -12,7 +12,8 @@ with one number for all thresholds; here they become ours of the same name. A ch
 holds the number s that activations were multiplied with, which SAELens folds at the end of training as we do here:
 ``W_enc s``, ``W_dec / s``, ``b_dec / s``.
 
-Read off SAELens 6.54.12; folders of versions before 6, which keep everything in one level, are read as it reads them.
+Where ``reshape_activations`` is hook_z, x is what it makes of a token's heads: all of them in one row. Read off SAELens
+6.54.12; folders of versions before 6, which keep everything in one level, are read as it reads them.
 """
 
 from __future__ import annotations
