@@ -183,11 +183,12 @@ class EquivariantSAE(SAE):
         super().start(batch, tokens)
         if not self.tokens_trained:
             self.b_dec.copy_(geometric_median(batch.x))
-        for sums in (self.seen, self.seen_total, self.seen_products, self.seen_turned):
+        for sums in self.moments:
             sums.zero_()
-        self.look(batch)
+        first = self.summed(batch)
+        self.equivariance.copy_(explained(first, least_squares(first)).clamp(0, 1))
         if not self.tokens_trained and self.matrix in ("learned", "fitted", "frozen"):
-            self.matrices.copy_(least_squares(self.moments))
+            self.matrices.copy_(least_squares(first))
 
     def before_step(self, progress: float) -> None:
         if self.random_pose:
@@ -244,16 +245,16 @@ class EquivariantSAE(SAE):
     def after_step(self, batch: Batch, code: Code) -> None:
         super().after_step(batch, code)
         if self.seen < ENOUGH * self.d_in:
-            self.look(batch)
+            for so_far, here in zip(self.moments, self.summed(batch), strict=True):
+                so_far.add_(here)
+            best = least_squares(self.moments)
+            self.equivariance.copy_(explained(self.moments, best).clamp(0, 1))
             if self.matrix == "fitted":
-                self.matrices.copy_(least_squares(self.moments))
+                self.matrices.copy_(best)
 
-    def look(self, batch: Batch) -> None:
-        """Add a batch to what is known of the model's symmetry."""
-        for mine_so_far, here in zip(self.moments, self.group.moments(batch.orbit.double()), strict=True):
-            mine_so_far.add_(total(here))
-        best = explained(self.moments, least_squares(self.moments))
-        self.equivariance.copy_(best.clamp(0, 1))
+    def summed(self, batch: Batch) -> Moments:
+        """Of the whole batch, of which this process may have a slice (64 bits)."""
+        return Moments(*map(total, self.group.moments(batch.orbit.double())))
 
     @property
     def moments(self) -> Moments:

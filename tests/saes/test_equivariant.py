@@ -101,6 +101,32 @@ def test_the_matrix_is_found(matrix):
     assert sae.equivariance > 0.99
 
 
+def test_what_is_fitted_goes_on_being_fitted_and_what_is_frozen_does_not():
+    world = World(broken=0.3)
+    seen = torch.cat([batch.orbit for batch in world.batches(10)])
+    fitted, frozen = (trained(world, steps=10, matrix=matrix).matrices for matrix in ("fitted", "frozen"))
+    assert torch.allclose(fitted, world.group.fit(seen), atol=1e-3)
+    assert torch.allclose(frozen, world.group.fit(seen[:64]), atol=1e-3)
+    assert not torch.allclose(fitted, frozen, atol=0.02)
+
+
+def test_another_run_looks_at_its_own_activations():
+    sae = trained(World(), steps=5)
+    assert sae.seen == 5 * 64 * 4
+    sae_lib.train(sae, World(broken=1.0).batches(5), tokens=64 * 5)
+    assert sae.seen == 5 * 64 * 4
+    assert sae.equivariance < 0.5
+
+
+def test_a_long_run_stops_looking():
+    assert trained(World(), steps=20).seen == 13 * 64 * 4  # the first above 200 activations a dimension
+
+
+def test_the_loss_gives_the_reconstruction_of_the_stored_pose():
+    sae, batch = trained(steps=20), World().batches(1)[0]
+    assert torch.allclose(sae.loss(batch).x_hat, sae(batch.x), atol=1e-6)
+
+
 def test_controls_keep_their_matrices_and_the_random_ones_close():
     world = World()
     sae = trained(world, steps=5, matrix="random")
