@@ -6,7 +6,8 @@
       version: raised when its meaning changes
       ground: name of a ground
       settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
-      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others}}
+      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others;
+             reading, ``stacked`` for the group crosscoder}}
       measures: names of `sae_lib.measures`
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}
@@ -14,8 +15,8 @@
 An argument, of a ground too, that is the name of a setting takes its value; ``{match: target, start: 0.3}`` is searched
 for, until the measured held-out L0 lies within 3% of the target (`sae_lib.matching`). What is costly can be kept to a
 part of the grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name.
-All SAEs of a seed are trained on one stream, in one order of the data. The ``version`` of an SAE is raised when its own
-training changes. `sae_lib.reproduce` runs it.
+All SAEs of a seed are trained on one stream, in one order of the data; ``tokens`` counts activations, of which an orbit
+has as many as poses. The ``version`` of an SAE is raised when its own training changes. `sae_lib.reproduce` runs it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 from sae_lib.matching import SLOPES, Search
 from sae_lib.measures import CONSISTENCY, MEASURES
+from sae_lib.metrics.equivariance import OneMatrix
 from sae_lib.metrics.feature_clusters import Reading
 from sae_lib.results import ROOT, ResultsError, Row, read, sha256_of
 from sae_lib.sae import SAE
@@ -46,8 +48,10 @@ CONTROLS: dict[str, Callable[[SAE], SAE]] = {
     "frozen encoder": lambda sae: freeze(sae, "W_enc", "b_enc"),
 }
 """What is done to an SAE before its training."""
-UNTRAINED = {"pca": {"rank"}, "neurons": {field.name for field in fields(Reading)}}
-"""What stands in place of an SAE and is not trained, with its arguments: components, and ways to embed neurons."""
+IN_PLACE: dict[str, type] = {"neurons": Reading, "matrix": OneMatrix}
+"""What stands in place of an SAE and is only measured: ways to embed neurons, and to fit a matrix."""
+UNTRAINED = {"pca": {"rank"}} | {name: {field.name for field in fields(kind)} for name, kind in IN_PLACE.items()}
+"""What is not trained, components included, with its arguments."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ class Planned:
         return self.configuration["tokens"]
 
     @property
-    def needs_grad(self) -> bool:
-        """Whether it is trained on gradients of the model's loss too."""
+    def reading(self) -> str:
+        """What its training reads beside single activations, or in place of them: see `Ground.stream`."""
         variant = self.configuration["variant"]
-        return variant in VARIANTS and "grad" in VARIANTS[variant].needs
+        needs = VARIANTS[variant].needs if variant in VARIANTS else ()
+        return self.configuration.get("reading", next(iter(needs), ""))
 
     @property
     def search(self) -> tuple[str, Search] | None:
@@ -190,7 +195,8 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     parts = {name: valued(part, setting) for name, part in asked.items() if name != "only"}
     variant, control = parts.pop("variant", None), parts.pop("control", None)
     tokens = parts.pop("tokens", shared["tokens"])
-    version = {"sae_version": parts.pop("version")} if "version" in parts else {}
+    names = {"version": "sae_version", "reading": "reading"}
+    where_asked = {names[part]: parts.pop(part) for part in names if part in parts}
     if variant not in (*VARIANTS, *UNTRAINED):
         raise ValueError(f"variant of {label} must be one of {', '.join([*VARIANTS, *UNTRAINED])}, got {variant!r}")
     if control not in (None, *CONTROLS):
@@ -202,8 +208,8 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     searched = [value for value in arguments.values() if isinstance(value, dict)]
     if any(set(value) != {"match", "start"} for value in searched) or len(searched) > 1:
         raise ValueError(f"{label} may search for one argument, by {{match: L0, start: guess}}, got {searched}")
-    own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments} | version
-    return Planned(label, setting, shared | own)
+    own = {"label": label, "variant": variant, "control": control, "tokens": tokens, "arguments": arguments}
+    return Planned(label, setting, shared | own | where_asked)
 
 
 # Reading what was run -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What an experiment stands on: activations to train on, and held-out ones to measure on, for each seed.
 
 A ground is a line of ``book/experiments.yml``: a planted world, whose every seed is another dictionary with other
-samples; a site of a language model, where a seed is another order of the same texts; or the hidden units of a
-classifier of images, whose every seed is another classifier.
+samples; a site of a language model, where a seed is another order of the same texts; the hidden units of a classifier
+of images, whose every seed is another classifier; or orbits, planted ones or those of an autoencoder's code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat as endlessly
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,9 +21,12 @@ from torch import Tensor
 from sae_lib.activations import Activations
 from sae_lib.cached import CachedActivations
 from sae_lib.data import SPLITS, Batch, PlantedDictionary, PlantedStream, load_texts
+from sae_lib.groups import Group
 from sae_lib.metrics.evaluation import rows
 from sae_lib.metrics.sparse_probing import labelled_texts
 from sae_lib.models import load_model
+from sae_lib.orbit_worlds import World, kept_autoencoder, network_world, pictures, planted_world, untrained_autoencoder
+from sae_lib.orbits import Orbits
 from sae_lib.pocket.spelling import split_words
 from sae_lib.sae import whole
 from sae_lib.vision import Classifier, Images, load_images, train_classifier
@@ -41,6 +44,8 @@ class Ground:
     """Held-out rows of one measurement."""
     grad: bool = False
     """Whether all SAEs are trained on batches with gradients, also those that do not need them."""
+    readings: ClassVar[tuple[str, ...]] = ()
+    """What batches can hold beside single activations, or in place of them."""
 
     def __init__(self) -> None:
         self._prepared: dict[tuple, Any] = {}
@@ -58,9 +63,29 @@ class Ground:
         stream = self.held_out(seed, repeat)
         return self.prepared(("rows", seed, repeat), lambda: torch.cat(list(rows(stream, self.held))))
 
-    def stream(self, seed: int, grad: bool = False) -> Iterable[Batch]:
-        """To train on; with the gradients of the model's loss, if they are asked for or all trainings have them."""
+    def stream(self, seed: int, reading: str = "") -> Iterable[Batch]:
+        """To train on.
+
+        Args:
+            seed: of the training.
+            reading: ``grad`` for gradients of the model's loss, ``orbit`` or ``stacked`` (`Orbits`); by default single
+                activations.
+
+        Raises:
+            ValueError: if this ground has no such reading.
+        """
         raise NotImplementedError
+
+    def checked(self, reading: str) -> str:
+        """`reading`, if this ground has it."""
+        if reading not in ("", *self.readings):
+            has = " and ".join(["single activations", *self.readings])
+            raise ValueError(f"{type(self).__name__} has {has}, got reading {reading!r}: take another ground")
+        return reading
+
+    def row(self, reading: str) -> tuple[int, int]:
+        """The width of a row of a batch, and how many activations it stands for."""
+        return self.d_in, 1
 
     def held_out(self, seed: int, repeat: int) -> Iterable[Batch]:
         """To measure on; another repetition has other rows."""
@@ -86,14 +111,9 @@ class PlantedGround(Ground):
         """The world of a seed."""
         return self.prepared(("dictionary", seed), lambda: PlantedDictionary(**self.planted, seed=seed))
 
-    def stream(self, seed: int, grad: bool = False) -> PlantedStream:
-        """To train on.
-
-        Raises:
-            ValueError: if gradients are asked for: no model reads these samples.
-        """
-        if grad:
-            raise ValueError("gradients need a model, whose loss they are of, got a planted world: take another ground")
+    def stream(self, seed: int, reading: str = "") -> PlantedStream:
+        """To train on."""
+        self.checked(reading)
         return self.dictionary(seed).batches(self.batch_size, seed=seed)
 
     def held_out(self, seed: int, repeat: int) -> PlantedStream:
@@ -123,6 +143,8 @@ class LanguageGround(Ground):
         probed: labelled texts for sparse probing, and the most of a class.
     """
 
+    readings = ("grad",)
+
     def __init__(
         self,
         model: str,
@@ -148,9 +170,9 @@ class LanguageGround(Ground):
             self.spelled = natural, [word for split in SPLITS for word in taught[split]]
             self.probed = self.texts["train"], 400
 
-    def stream(self, seed: int, grad: bool = False) -> Activations | CachedActivations:
+    def stream(self, seed: int, reading: str = "") -> Activations | CachedActivations:
         """To train on; with gradients, if they are asked for or all trainings have them."""
-        grad = grad or self.grad
+        grad = self.checked(reading) == "grad" or self.grad
         if not self.cache:
             return self._stream(seed, grad)
         if grad not in self._cached:
@@ -195,14 +217,9 @@ class ImageGround(Ground):
 
         return self.prepared(("world", seed), make)
 
-    def stream(self, seed: int, grad: bool = False) -> Activations:
-        """To train on: the training images, epoch after epoch.
-
-        Raises:
-            ValueError: if gradients are asked for: a classifier has no next token.
-        """
-        if grad:
-            raise ValueError("gradients need a language model, got a classifier of images: take another ground")
+    def stream(self, seed: int, reading: str = "") -> Activations:
+        """To train on: the training images, epoch after epoch."""
+        self.checked(reading)
         classifier, train, _ = self.world(seed)
         options = {"batch_size": self.batch_size, "seed": seed}
         size = max(2 * self.batch_size, len(train.pixels))
@@ -224,6 +241,85 @@ class Epochs:
         return endlessly(self.inputs)
 
 
+class OrbitGround(Ground):
+    """Orbits that are held in memory; see `sae_lib.orbit_worlds`.
+
+    Args:
+        d_in: width of the activations.
+        inputs: to train on.
+        batch_size: inputs in a training step.
+        held: held-out inputs of one measurement.
+        group: arguments of `Group`.
+    """
+
+    readings = ("orbit", "stacked")
+
+    def __init__(self, d_in: int, inputs: int, batch_size: int, held: int, group: dict[str, Any] | None = None):
+        super().__init__()
+        self.group = Group(**group or {})
+        self.d_in, self.inputs = whole("d_in", d_in), whole("inputs", inputs)
+        self.batch_size, self.held = whole("batch_size", batch_size), whole("held", held)
+
+    def world(self, seed: int, network: str = "trained") -> World:
+        """The orbits of a seed; ``untrained``: those of a network with the weights that training starts from."""
+        return self.prepared((network, seed), lambda: self.make(seed, network))
+
+    def make(self, seed: int, network: str) -> World:
+        """The same, made anew."""
+        raise NotImplementedError
+
+    def stream(self, seed: int, reading: str = "") -> Orbits:
+        """To train on; single activations are those of all poses."""
+        orbits = self.world(seed).train
+        return Orbits(orbits, self.batch_size, self.checked(reading) or "apart", group=self.group, seed=seed)
+
+    def row(self, reading: str) -> tuple[int, int]:
+        size = self.group.size
+        return {"": (self.d_in, 1), "orbit": (self.d_in, size), "stacked": (self.d_in * size, size)}[reading]
+
+    def held_out(self, seed: int, repeat: int) -> list[Batch]:
+        """The held-out activations in all poses, the same for all repetitions."""
+        return [Batch(self.world(seed).held.flatten(0, 1))]
+
+
+class PlantedOrbitGround(OrbitGround):
+    """`PlantedOrbits`; the seed draws their directions and the samples.
+
+    Args:
+        orbits: arguments of `PlantedOrbits`, without group and seed.
+        sizes: see `OrbitGround`.
+    """
+
+    def __init__(self, orbits: dict[str, Any], **sizes: Any):
+        super().__init__(orbits["d_in"], **sizes)
+        self.orbits = orbits
+
+    def make(self, seed: int, network: str) -> World:
+        if network != "trained":
+            raise ValueError(f"planted orbits come from no network, got {network!r}: take an autoencoder's")
+        return planted_world(self.orbits, self.group, self.inputs, self.held, seed)
+
+
+class AutoencoderGround(OrbitGround):
+    """The code of an autoencoder of images, trained first; the seed decides images, weights and orders.
+
+    Args:
+        autoencoder: arguments of `train_autoencoder`, without images and seed.
+        source: of the images; see `sae_lib.orbit_worlds.pictures`.
+        side: pixels on a side, of a data set of the Hub.
+        sizes: see `OrbitGround`.
+    """
+
+    def __init__(self, autoencoder: dict[str, Any], source: str, side: int | None = None, **sizes: Any):
+        super().__init__(autoencoder["d_code"], **sizes)
+        self.autoencoder, self.source, self.side = autoencoder, source, side
+
+    def make(self, seed: int, network: str) -> World:
+        train, held = pictures(self.source, self.inputs, self.held, seed, self.side)
+        make = {"trained": kept_autoencoder, "untrained": untrained_autoencoder}[network]
+        return network_world(make(train.pixels, seed, **self.autoencoder), train, held, self.group)
+
+
 def name_of(stream: Activations) -> str:
     """The folder of a stream's cache: another stream has another."""
     return hashlib.sha256(json.dumps(stream.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -233,9 +329,15 @@ def ground(described: dict[str, Any]) -> Ground:
     """The ground that a line of ``experiments.yml`` describes.
 
     Raises:
-        ValueError: it has none of ``planted``, ``model`` and ``images``, or an argument that its kind does not take.
+        ValueError: it has no key that names a kind, or an argument that its kind does not take.
     """
-    kinds = {"planted": PlantedGround, "model": LanguageGround, "images": ImageGround}
+    kinds = {
+        "planted": PlantedGround,
+        "model": LanguageGround,
+        "images": ImageGround,
+        "orbits": PlantedOrbitGround,
+        "autoencoder": AutoencoderGround,
+    }
     for name, kind in kinds.items():
         if name in described:
             try:

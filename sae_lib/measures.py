@@ -10,16 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lib.data import Batch
-from sae_lib.grounds import Ground, ImageGround, LanguageGround, PlantedGround
+from sae_lib.grounds import Ground, ImageGround, LanguageGround, OrbitGround, PlantedGround
 from sae_lib.metrics.absorption import planted_absorption
 from sae_lib.metrics.allocation import Allocation, BatchChoice, step_seconds
 from sae_lib.metrics.attribution import LatentEffects
 from sae_lib.metrics.autointerp import Autointerp
 from sae_lib.metrics.choice_by_gradient import ChoiceByGradient
 from sae_lib.metrics.consistency import shared_latents, strongest_shared
+from sae_lib.metrics.equivariance import (
+    OneMatrix,
+    code_invariance,
+    equivariance_error,
+    map_r2,
+    orbit_probing,
+    order_error,
+    pose_accuracy,
+    top1_f1,
+)
 from sae_lib.metrics.evaluation import evaluate
 from sae_lib.metrics.feature_clusters import Reading, feature_clusters
 from sae_lib.metrics.first_letter import FirstLetter
@@ -27,13 +39,15 @@ from sae_lib.metrics.image_latents import image_latents
 from sae_lib.metrics.latent_distances import LatentDistances
 from sae_lib.metrics.masks import each_way, mask_shares, masked_codes
 from sae_lib.metrics.patched import MODEL_TOKENS, PatchedLoss
-from sae_lib.metrics.reconstruction import density
-from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, recovery_rate, uniqueness
+from sae_lib.metrics.reconstruction import alive, density, explained_variance, l0
+from sae_lib.metrics.recovery import latent_f1, mcc, mmcs, orbit_mcc, orbit_mmcs, recovery_rate, uniqueness
 from sae_lib.metrics.sparse_probing import SparseProbing
 from sae_lib.metrics.steering import Steering
 from sae_lib.metrics.zipf import zipf_fit, zipf_shift
+from sae_lib.orbits import stacks
 from sae_lib.sae import SAE
 from sae_lib.saes.atm import ATMSAE
+from sae_lib.saes.equivariant import EquivariantSAE
 from sae_lib.saes.topk import TopKSAE
 
 Metrics = dict[str, float]
@@ -200,6 +214,121 @@ def images(saes: Sequence[SAE], ground: ImageGround, seed: int, repeat: int) -> 
     return each(lambda sae: image_latents(sae, *ground.world(seed), seed=repeat), saes)
 
 
+# Inputs in all poses --------------------------------------------------------------------------------------------------
+
+
+def in_all_poses(
+    sae: SAE | OneMatrix, orbits: Float[Tensor, "n group d"], ground: OrbitGround
+) -> Float[Tensor, "n group d_in"]:
+    """What an SAE reads of inputs in every pose: activations or, if it is a group crosscoder, the orbit from there."""
+    if isinstance(sae, OneMatrix):
+        raise ValueError("a matrix has no code")
+    return orbits if sae.d_in == ground.d_in else stacks(orbits, ground.group)
+
+
+@torch.no_grad()
+def orbits(saes: Sequence[SAE | OneMatrix], ground: OrbitGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """Reconstruction and sparsity over all poses, what stays of the code, and parameters, matrices included.
+
+    Also, where the SAE has one: the accuracy of its pose, and the variance that it explains if it is told how the
+    stored pose was turned (``explained_variance_known_pose``). Of a group crosscoder all of an orbit is reconstructed,
+    which is also what it reads; the others read one activation. ``equivariance_error`` is that of the reconstruction.
+    """
+    group, held = ground.group, ground.world(seed).held
+    matrices = fitted(ground, seed)
+
+    def measure(sae: SAE | OneMatrix) -> Metrics:
+        inputs = in_all_poses(sae, held, ground)
+        x = inputs.flatten(0, 1)
+        z, x_hat = sae.encode(x), sae(x)
+        posed = x_hat.view_as(inputs)[..., : ground.d_in]
+        found = {"explained_variance": explained_variance(x, x_hat), "l0": l0(z), "alive": alive(z)}
+        found |= code_invariance(z.unflatten(0, inputs.shape[:2]))
+        found |= {"equivariance_error": equivariance_error(posed, matrices, group)}
+        found |= {"parameters": sum(p.numel() for p in sae.parameters())}
+        if isinstance(sae, EquivariantSAE):
+            found["pose_accuracy"] = pose_accuracy(sae.pose(x).unflatten(0, inputs.shape[:2]), group)
+            if sae.mode == "invariant" and not sae.random_pose:
+                canonical = sae.decode(z).view_as(inputs)
+                told = torch.einsum("gij,ngj->ngi", sae.representation(), canonical)
+                found["explained_variance_known_pose"] = explained_variance(x, told.flatten(0, 1))
+        return found
+
+    return each(measure, saes)
+
+
+@torch.no_grad()
+def orbit_recovery(saes: Sequence[SAE | OneMatrix], ground: OrbitGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """Directions and detection of planted features, in whichever pose."""
+    world = ground.world(seed)
+
+    def measure(sae: SAE | OneMatrix) -> Metrics:
+        inputs, features = in_all_poses(sae, world.held, ground), in_all_poses(sae, world.features, ground)
+        z = sae.encode(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+        directions = {"orbit_mmcs": orbit_mmcs(sae.W_dec, features), "orbit_mcc": orbit_mcc(sae.W_dec, features)}
+        return directions | {"f1": top1_f1(z, world.truth)}
+
+    return each(measure, saes)
+
+
+@torch.no_grad()
+def orbit_probes(saes: Sequence[SAE | OneMatrix], ground: OrbitGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """What probes read off the codes of held-out images; off the activations themselves (``..._dense``); and off what a
+    fitted matrix makes of one of them without any training for symmetry (``probing_f1_pooled``, see `pooled`)."""
+    group, world = ground.group, ground.world(seed)
+    rho = group.representation(fitted(ground, seed))
+
+    def probed(z: Float[Tensor, "n group d"]) -> Metrics:
+        return orbit_probing(z, world.labels, repeat)
+
+    def of_activations() -> Metrics:
+        found = {f"{name}_dense": value for name, value in probed(world.held).items()}
+        turned = pooled(world.held, rho, lambda x: x, torch.mean)
+        return found | {"probing_f1_dense_pooled": probed(turned)["probing_f1"]}
+
+    dense = ground.prepared(("probes", seed, repeat), of_activations)
+
+    def measure(sae: SAE | OneMatrix) -> Metrics:
+        inputs = in_all_poses(sae, world.held, ground)
+        found = probed(sae.encode(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])) | dense
+        if sae.d_in == ground.d_in:
+            found["probing_f1_pooled"] = probed(pooled(world.held, rho, sae.encode, torch.amax))["probing_f1"]
+        return found
+
+    return each(measure, saes)
+
+
+def pooled(
+    orbits: Float[Tensor, "n group d_in"],
+    rho: Float[Tensor, "group d_in d_in"],
+    encode: Callable[[Tensor], Tensor],
+    pool: Callable[..., Tensor],
+) -> Float[Tensor, "n group d"]:
+    """``pool_q encode(rho(g_q) a)`` of each activation: of what the matrices make of it, none but itself is read."""
+    return pool(torch.stack([encode(orbits.flatten(0, 1) @ M.T) for M in rho]), dim=0).unflatten(0, orbits.shape[:2])
+
+
+def fitted(ground: OrbitGround, seed: int) -> Float[Tensor, "generators d_in d_in"]:
+    """The least-squares matrices of the training orbits."""
+    return ground.prepared(("matrices", seed), lambda: ground.group.fit(ground.world(seed).train))
+
+
+@torch.no_grad()
+def one_matrix(saes: Sequence[SAE | OneMatrix], ground: OrbitGround, seed: int, repeat: int) -> list[Metrics | str]:
+    """What a matrix explains of how held-out activations turn: one fitted to the training's, or an E-SAE's own."""
+
+    def measure(sae: SAE | OneMatrix) -> Metrics:
+        if isinstance(sae, OneMatrix):
+            world = ground.world(seed, sae.network)
+            return sae(world.train, world.held, ground.group, seed)
+        if not isinstance(sae, EquivariantSAE):
+            raise ValueError(f"{sae.name} has no matrix")
+        error = order_error(sae.matrices[0], ground.group.order)
+        return map_r2(ground.world(seed).held, sae.matrices, ground.group) | {"order_error": error}
+
+    return each(measure, saes)
+
+
 MEASURES: dict[str, Measure] = {
     "reconstruction": reconstruction,
     "sparsity": sparsity,
@@ -220,6 +349,10 @@ MEASURES: dict[str, Measure] = {
     "effects": task(lambda on, seed: LatentEffects(on.model, on.site, on.texts["test"], seed=seed)),
     "neurons": neurons,
     "images": images,
+    "orbits": orbits,
+    "orbit_recovery": orbit_recovery,
+    "orbit_probing": orbit_probes,
+    "matrix": one_matrix,
     "latent_distances": task(lambda on, seed: LatentDistances(on.model, on.site, on.texts["test"], seed=seed)),
     "autointerp": task(lambda on, seed: Autointerp(on.model, on.site, on.texts["test"], seed=seed)),
 }

@@ -23,10 +23,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from sae_lib.experiments import UNTRAINED, Experiment, Planned, experiments
+from sae_lib.experiments import IN_PLACE, UNTRAINED, Experiment, Planned, experiments
 from sae_lib.grounds import Ground, ground
 from sae_lib.matching import measured_l0
 from sae_lib.measures import CONSISTENCY, MEASURES, consistency
+from sae_lib.metrics.equivariance import OneMatrix
 from sae_lib.metrics.feature_clusters import Reading
 from sae_lib.pocket.provenance import write_json
 from sae_lib.results import ROOT, Row, append, environment, file_of, key, library_sha256, load, sha256_of
@@ -100,7 +101,7 @@ class Trained:
     """A trained SAE, what was found by a search, the seconds that it took; and its twin, if one is asked for."""
 
     planned: Planned
-    sae: SAE | Reading
+    sae: SAE | Reading | OneMatrix
     found: dict[str, float]
     seconds: float
     twin: SAE | None = None
@@ -176,29 +177,29 @@ def train_once(
     ground: Ground,
     work: Path,
     weights: int | None = None,
-) -> list[tuple[SAE | Reading, float]]:
+) -> list[tuple[SAE | Reading | OneMatrix, float]]:
     """Each SAE trained, those of one length together; and the seconds of each. `weights`: a seed of their own.
 
-    Those that need gradients have a stream of their own, unless the ground gives gradients to all.
+    Those that read gradients or orbits have a stream of their own, unless the ground gives gradients to all.
     """
-    made: dict[int, tuple[SAE | Reading, float]] = {}
-    together: dict[tuple[int, bool], list[int]] = {}
+    made: dict[int, tuple[SAE | Reading | OneMatrix, float]] = {}
+    together: dict[tuple[int, str], list[int]] = {}
     for place, sae in enumerate(saes):
-        together.setdefault((sae.tokens, sae.needs_grad or ground.grad), []).append(place)
-    for (tokens, grad), places in sorted(together.items()):
+        together.setdefault((sae.tokens, "grad" if ground.grad else sae.reading), []).append(place)
+    for (tokens, reading), places in sorted(together.items()):
         trainees = [place for place in places if saes[place].configuration["variant"] not in UNTRAINED]
         for place in set(places) - set(trainees):
             began = time.perf_counter()
-            variant, arguments = (saes[place].configuration[part] for part in ("variant", "arguments"))
-            sae = pca(ground.stream(seed), **arguments, tokens=tokens) if variant == "pca" else Reading(**arguments)
+            kind, arguments = (saes[place].configuration[part] for part in ("variant", "arguments"))
+            sae = pca(ground.stream(seed), **arguments, tokens=tokens) if kind == "pca" else IN_PLACE[kind](**arguments)
             made[place] = sae, time.perf_counter() - began
         if trainees:
-            new = [
-                saes[place].make(ground.d_in, seed if weights is None else weights, found[place]) for place in trainees
-            ]
-            every = max(1, min(10_000_000, tokens // 3))
-            folder = work / (f"{tokens} with gradients" if grad else str(tokens))
-            run = train(new, ground.stream(seed, grad), tokens, seed, checkpoint=folder, checkpoint_every=every)
+            stream = ground.stream(seed, reading)
+            d_in, activations = ground.row(reading)
+            new = [saes[place].make(d_in, seed if weights is None else weights, found[place]) for place in trainees]
+            rows = max(1, tokens // activations)
+            every, folder = max(1, min(10_000_000, rows // 3)), work / f"{tokens} {reading}".strip()
+            run = train(new, stream, rows, seed, checkpoint=folder, checkpoint_every=every)
             made |= {place: (sae, run.seconds / len(new)) for place, sae in zip(trainees, new, strict=True)}
     return [made[place] for place in range(len(saes))]
 

@@ -27,7 +27,7 @@ def together(stream):
 def test_gradients_come_where_they_are_asked_for_or_all_have_them(cache, place):
     plain, all_have = (LanguageGround(**place, cache=cache, grad=grad) for grad in (False, True))
     assert next(iter(plain.stream(3))).grad is None
-    asked, given = next(iter(plain.stream(3, grad=True))), next(iter(all_have.stream(3)))
+    asked, given = next(iter(plain.stream(3, "grad"))), next(iter(all_have.stream(3)))
     assert torch.equal(asked.x, given.x)
     assert torch.equal(asked.grad, given.grad)
     written = list(grounds.CACHES.iterdir()) if cache else []
@@ -35,7 +35,7 @@ def test_gradients_come_where_they_are_asked_for_or_all_have_them(cache, place):
 
 
 def test_cached_activations_keep_their_own_gradients(place):
-    read, cached = (together(LanguageGround(**place, cache=cache).stream(5, grad=True)) for cache in (False, True))
+    read, cached = (together(LanguageGround(**place, cache=cache).stream(5, "grad")) for cache in (False, True))
     assert read.shape == cached.shape
     by_element = "donot_use_mm_for_euclid_dist"  # else what is near is rounded
     distances = torch.cdist(read, cached, compute_mode=by_element)  # they come in another order
@@ -47,8 +47,8 @@ def test_a_planted_world_has_no_gradients():
     world = PlantedGround({"n_features": 8, "d_in": 4, "active": 2}, 32, 100)
     assert world.grad is False
     assert next(iter(world.stream(0))).grad is None
-    with pytest.raises(ValueError, match="gradients need a model, whose loss they are of, got a planted world"):
-        world.stream(0, grad=True)
+    with pytest.raises(ValueError, match="PlantedGround has single activations, got reading 'grad'"):
+        world.stream(0, "grad")
 
 
 def test_a_description_may_ask_for_gradients(place):
@@ -104,7 +104,7 @@ def test_training_on_images_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_classifier_has_no_gradients_of_next_tokens():
-    with pytest.raises(ValueError, match="gradients need a language model, got a classifier of images"):
-        ImageGround(**DIGITS).stream(0, grad=True)
+    with pytest.raises(ValueError, match="ImageGround has single activations, got reading 'grad'"):
+        ImageGround(**DIGITS).stream(0, "grad")
     with pytest.raises(ValueError, match="epochs must be an integer at least 1, got 0"):
         ground(DIGITS | {"epochs": 0})

@@ -61,6 +61,7 @@ ORDER = [
     "metrics",
     "matching",
     "results",
+    "orbit_worlds",
     "grounds",
     "measures",
     "experiments",

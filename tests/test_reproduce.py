@@ -253,13 +253,13 @@ def test_who_needs_no_gradient_is_trained_without_one_unless_the_ground_gives_it
     saes = [Planned(name, {}, shared | {"variant": name}) for name in ("topk", "gradient")]
     (topk, _), (gradient, _) = reproduce.train_once(saes, [{}, {}], 3, stand, tmp_path / "work")
 
-    for sae, with_gradients in ((topk, grad), (gradient, True)):
+    for sae, reading in ((topk, "grad" if grad else ""), (gradient, "grad")):
         alone = type(sae)(12, 24, k=2, seed=3)
-        sae_lib.train(alone, stand.stream(3, with_gradients), 200, 3)
+        sae_lib.train(alone, stand.stream(3, reading), 200, 3)
         assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), alone.parameters(), strict=True))
         other = type(sae)(12, 24, k=2, seed=3)
         if sae is topk and not grad:
-            sae_lib.train(other, stand.stream(3, True), 200, 3)
+            sae_lib.train(other, stand.stream(3, "grad"), 200, 3)
             assert not torch.equal(other.W_dec, topk.W_dec)  # the rows are others
 
 
