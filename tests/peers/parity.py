@@ -72,7 +72,7 @@ def record(library: str) -> None:
     subprocess.run(
         [python, "-m", f"peers.{library}", NEW / f"{library}.safetensors"],
         cwd=ROOT / "tests",
-        env=os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"},
         stdout=subprocess.DEVNULL,
         check=True,
     )
@@ -97,10 +97,10 @@ def file_of_tests(library: str) -> Path:
 
 
 def table(found: dict[str, Tensor]) -> list[str]:
-    """How far we are from a library, a line a folder: the codes, and the reconstructions."""
+    """How far we are from a library, a line a folder: of codes, and of reconstructions."""
     with tempfile.TemporaryDirectory() as folder:
         rows = {name: apart(found, name, Path(folder) / name) for name in cases(found, "")}
-    return [f"{name:60} {codes:.0e} {reconstructions:.0e}" for name, (codes, reconstructions) in rows.items()]
+    return [f"  {name:60} {codes:.0e} {reconstructions:.0e}" for name, (codes, reconstructions) in rows.items()]
 
 
 def main() -> None:
