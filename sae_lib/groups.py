@@ -146,9 +146,9 @@ class Group:
         """The matrix of every element, ``R^p S^f``, from those of the generators, R and S.
 
         Raises:
-            ValueError: if there is not one square matrix for each generator, or one is singular.
+            ValueError: if there is not one square matrix for each generator.
         """
-        self.checked_matrices(matrices)
+        self.checked_shape(matrices)
         elements = [torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)]
         for _ in range(self.order - 1):
             elements.append(elements[-1] @ matrices[0])
@@ -156,18 +156,23 @@ class Group:
             elements += [turned @ matrices[1] for turned in elements]
         return torch.stack(elements)
 
-    def checked_matrices(
-        self, matrices: Float[Tensor, "generators d_in d_in"], closes: bool = False
-    ) -> Float[Tensor, "generators d_in d_in"]:
-        """`matrices`, if they are of the right number and have inverses; with `closes`, if they obey the group's law.
-
-        Raises:
-            ValueError: if they do not.
-        """
+    def checked_shape(self, matrices: Tensor) -> Float[Tensor, "generators d_in d_in"]:
+        """`matrices`, if there is a square one for each generator."""
         if matrices.ndim != 3 or len(matrices) != self.generators or matrices.shape[1] != matrices.shape[2]:
             raise ValueError(
                 f"matrices must have shape (generators={self.generators}, d_in, d_in), got {tuple(matrices.shape)}"
             )
+        return matrices
+
+    def checked_matrices(
+        self, matrices: Float[Tensor, "generators d_in d_in"], closes: bool = False
+    ) -> Float[Tensor, "generators d_in d_in"]:
+        """`matrices`, if they have inverses; with `closes`, if they obey the group's law.
+
+        Raises:
+            ValueError: if they do not, or are of another number or shape.
+        """
+        self.checked_shape(matrices)
         sizes = torch.linalg.svdvals(matrices.detach().double())
         if not (sizes[:, -1] > SINGULAR * sizes[:, 0]).all():
             raise ValueError(

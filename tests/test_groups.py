@@ -120,14 +120,16 @@ def test_bad_inputs_are_refused_with_rule_and_value(as_a_user):
         Group(3).orbit(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"turn must give back what it was given after 4 times"):
         Group(4, turn=lambda x: x.roll(1, -1)).orbit(torch.arange(5.0).repeat(2, 1))
-    with pytest.raises(ValueError, match="flip must give back what it was given after 2 times"):
+    with pytest.raises(ValueError, match="^flip must give back what it was given after 2 times"):
         Group(4, True, flip=lambda x: x.roll(1, -1)).orbit(torch.rand(2, 1, 4, 4))
     with pytest.raises(ValueError, match="turn and flip must give back"):
         Group(4, True, flip=lambda x: -x, turn=lambda x: x.rot90(1, (-2, -1))).orbit(torch.rand(2, 1, 4, 4) + 1)
     with pytest.raises(ValueError, match=r"orbits must have shape \(n, group=4, d_in\).*\(5, 3, 2\)"):
         Group(4).fit(torch.zeros(5, 3, 2))
     with pytest.raises(ValueError, match="a matrix must have an inverse, got singular values from 1 to 0"):
-        Group(4).representation(torch.diag(torch.tensor([1.0, 0.0]))[None])
+        Group(4).checked_matrices(torch.diag(torch.tensor([1.0, 0.0]))[None])
+    with pytest.raises(ValueError, match="a matrix must have an inverse"):
+        Group(4).checked_matrices(torch.diag(torch.tensor([1.0, 1e-8]))[None])
     with pytest.raises(ValueError, match=r"generators=2, d_in, d_in\), got \(1, 3, 3\)"):
         Group(4, True).representation(torch.eye(3)[None])
     with pytest.raises(ValueError, match="turn must give back what it was given after 4 times"):

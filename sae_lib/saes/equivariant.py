@@ -80,7 +80,8 @@ class EquivariantSAE(SAE):
         equivariance: R2 of the best matrices on the activations seen so far, in [0, 1].
 
     Raises:
-        ValueError: if an argument is out of its range; in training, if an orbit has another size than the group.
+        ValueError: if an argument is out of its range; in training, if an orbit has another size than the group, or a
+            matrix has no inverse.
     """
 
     name = "equivariant"
@@ -189,6 +190,7 @@ class EquivariantSAE(SAE):
         self.equivariance.copy_(explained(first, least_squares(first)).clamp(0, 1))
         if not self.tokens_trained and self.matrix in ("learned", "fitted", "frozen"):
             self.matrices.copy_(least_squares(first))
+        self.group.checked_matrices(self.matrices)
 
     def before_step(self, progress: float) -> None:
         if self.random_pose:

@@ -191,7 +191,8 @@ def test_bad_arguments_and_orbits_are_refused(as_a_user):
         sae_lib.train(sae, [Batch(torch.rand(64, 8), orbit=torch.rand(64, 3, 8))], tokens=64)
     with pytest.raises(ValueError, match="equivariant needs orbit from the stream"):
         sae_lib.train(sae, [torch.rand(64, 8)], tokens=64)
+    sae = trained(steps=1)
     with torch.no_grad():
         sae.matrices[0, 3] = 0
     with pytest.raises(ValueError, match="a matrix must have an inverse"):
-        sae(torch.rand(4, 8))
+        sae_lib.train(sae, World().batches(1), tokens=64)
