@@ -95,18 +95,20 @@ class Shapes(NamedTuple):
     place: Int[Tensor, " images"]
 
 
-def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 3) -> Shapes:
+def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 3, roam: float = 0.25) -> Shapes:
     """Images of one shape each: kind, colour and scale equally often, the rest continuous. Chapter `equivariant`.
 
     Within a class hue and radius vary; so do saturation, brightness, the background's grey, and the position, such that
-    the whole shape is in the image. The clutter behind the shape is dots and strokes of grey, anywhere and in all
-    directions: a turn makes clutter that is as likely.
+    the whole shape is in the image. Where shapes may be anywhere, no linear probe reads their kind, neither off pixels
+    nor off a small code, so by default they do not roam far. The clutter behind the shape is dots and strokes of grey,
+    anywhere and in all directions: a turn makes clutter that is as likely.
 
     Args:
         n: images, at least 1.
         seed: of everything that is drawn.
         size: pixels on a side, at least 8.
         clutter: dots and strokes in an image, at least 0.
+        roam: how far centres are from the image's centre, in [0, 1]: a share of the room that there is.
 
     Raises:
         ValueError: for a number out of range.
@@ -114,6 +116,8 @@ def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 3) -> Shap
     for name, value, least in (("n", n, 1), ("size", size, 8), ("clutter", clutter, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if not 0 <= roam <= 1:
+        raise ValueError(f"roam must be in [0, 1], got {roam}")
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Float[Tensor, "n ..."]:
@@ -121,7 +125,7 @@ def draw_shapes(n: int, seed: int = 0, size: int = 24, clutter: int = 3) -> Shap
 
     kind, colour, scale = (torch.randint(len(names), (n,), generator=generator) for names in (KINDS, COLOURS, SCALES))
     radius = 0.12 + 0.05 * scale + uniform(0, 0.04)
-    centre = uniform(-1, 1, 2) * (0.5 - radius)[:, None]
+    centre = uniform(-1, 1, 2) * roam * (0.5 - radius)[:, None]
     ink = colours((colour / len(COLOURS) + uniform(-1 / 18, 1 / 18)) % 1, uniform(0.6, 1), uniform(0.6, 1))
     grey = uniform(0, 0.2)
     ends = uniform(-0.5, 0.5, clutter, 1, 2) + uniform(-0.12, 0.12, clutter, 2, 2)

@@ -45,6 +45,8 @@ def test_each_turn_is_its_own_where_images_turn_differently():
 def test_ink_adds_up_to_the_area():
     radius = torch.tensor([0.3, 0.3])
     drawn = shape(torch.tensor([0, 1]), torch.tensor([[0.1, -0.1], [0.03, 0.02]]), radius, torch.tensor([0, 0]), 48)
+    between = ((drawn > 0.01) & (drawn < 0.99)).sum((1, 2))  # the outline is as broad as a pixel
+    assert between[1].item() == pytest.approx(2 * (1.9 + 0.6) * 0.3 * 48, rel=0.1)
     areas = drawn.mean((1, 2)).tolist()
     assert areas[0] == pytest.approx(math.pi * (0.85 * 0.3) ** 2, rel=0.01)
     assert areas[1] == pytest.approx(1.9 * 0.6 * 0.3**2, rel=0.03)
@@ -87,7 +89,7 @@ def test_labels_say_what_is_drawn():
 
 
 def test_a_quarter_turn_moves_the_shape_to_the_next_place():
-    drawn = draw_shapes(200, seed=2, clutter=0)
+    drawn = draw_shapes(200, seed=2, clutter=0, roam=1.0)
     saturation = drawn.pixels.amax(1) - drawn.pixels.amin(1)
     disc = drawn.kind == 0  # whose centre is the centre of its ink
     for turns in range(4):
@@ -113,13 +115,31 @@ def test_the_seed_decides_every_pixel_and_classes_are_even():
     assert Shapes._fields == ("pixels", "kind", "colour", "scale", "place")
 
 
+def test_shapes_stay_in_the_image_and_roam_as_far_as_they_are_let():
+    for roam in (0.0, 0.25, 1.0):
+        drawn = draw_shapes(400, seed=6, clutter=0, roam=roam)
+        ink = (drawn.pixels.amax(1) - drawn.pixels.amin(1))[drawn.kind == 0]
+        centres = (ink.sum(1) * (torch.arange(24) - 11.5)).sum(1) / ink.sum((1, 2)) / 24
+        assert centres.abs().max().item() == pytest.approx(0.37 * roam, abs=0.03)  # small discs go furthest
+        whole = ink.sum((1, 2)) / ink.amax((1, 2))
+        assert whole.min() > 0.9 * 24**2 * torch.pi * (0.85 * 0.12) ** 2  # nothing is cut off
+
+
 def test_clutter_is_behind_the_shape_and_everywhere():
-    plain, full = draw_shapes(200, seed=5, clutter=0), draw_shapes(200, seed=5, clutter=40)
-    assert (full.pixels - full.pixels.mean(1, keepdim=True)).abs().amax() > 0.2
-    background = (full.pixels.amax(1) - full.pixels.amin(1)) < 1e-5  # clutter is grey
-    spread = torch.where(background, full.pixels[:, 0], torch.nan)
-    assert spread.nanmean((0,)).std() < 0.1  # no place has more of it
+    plain, full = draw_shapes(2000, seed=5, clutter=0, roam=1.0), draw_shapes(2000, seed=5, clutter=12, roam=1.0)
+    # what has its colour is the shape, and it is drawn as it was without clutter
+    shown = (plain.pixels - plain.pixels.amin((1, 2, 3), keepdim=True)).amax(1) > 0.35
     assert torch.equal(plain.kind, full.kind)
+    marked = ((full.pixels - full.pixels.mean(1, keepdim=True)).abs().amax(1) < 1e-5) & ~shown
+    ink = torch.where(marked, full.pixels[:, 0], torch.nan)
+    assert ink.nanmean(0).std() < 0.01  # no place has more of it
+    assert torch.where(marked, full.pixels[:, 0] - full.pixels[:, 0].amin((1, 2))[:, None, None], 0).amax() > 0.4
+
+
+def test_dots_and_strokes_are_half_of_the_clutter_each():
+    drawn = draw_shapes(500, seed=7, clutter=1).pixels, draw_shapes(500, seed=7, clutter=0).pixels
+    marked = ((drawn[0] - drawn[1]).abs().amax(1) > 0.02).sum((1, 2)).float()
+    assert marked.max() <= 9  # the first mark is a dot, of a radius of at most 0.035 * 24 pixels
 
 
 def test_colours_by_hand():
@@ -135,6 +155,7 @@ def test_colours_by_hand():
         ({"n": 0}, "n must be an integer of at least 1, got 0"),
         ({"n": 5, "size": 4}, "size must be an integer of at least 8, got 4"),
         ({"n": 5, "clutter": -1}, "clutter must be an integer of at least 0, got -1"),
+        ({"n": 5, "roam": 2.0}, r"roam must be in \[0, 1\], got 2.0"),
         ({"n": 2.5}, "n must be an integer of at least 1, got 2.5"),
     ],
 )
