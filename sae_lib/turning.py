@@ -169,7 +169,7 @@ def of_activations(real: Float[Tensor, "poses d_in"], predicted: Float[Tensor, "
     for now, expected in zip(real, predicted, strict=True):
         cosine, alone = (F.cosine_similarity(now, other, dim=0).item() for other in (expected, real[0]))
         bar, line = ((part / largest * (base - MARK)).tolist() for part in (now, expected))
-        said = f"cosine {cosine:z.2f}; with those of the stored pose {alone:z.2f}"
+        said = f"cosine {cosine:z.2f}; without the matrix {alone:z.2f}"
         states.append({"kept": bars(bar, step, base), "new": "", "expected": lines(line, step, base), "said": said})
     return states
 
@@ -188,7 +188,7 @@ def of_code(code: Float[Tensor, "poses living"], columns: int) -> list[dict[str,
                 "kept": bars((height * stored).tolist(), step, HIGH),
                 "new": bars((height * ~stored).tolist(), step, HIGH),
                 "expected": lines(heights[0, stored].tolist(), step, HIGH),
-                "said": f"{same} of {int((now > 0).sum())} latents are those of the stored pose; cosine {cosine:z.2f}",
+                "said": f"{same} of {int((now > 0).sum())} latents stayed; cosine {cosine:z.2f}",
             }
         )
     return states

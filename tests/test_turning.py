@@ -49,10 +49,10 @@ def test_each_pose_shows_its_own_image():
 def test_activations_are_told_beside_prediction_and_stored_pose():
     told = [pose["said"] for pose in strip(small(), 0)]
     assert told == [
-        "cosine 1.00; with those of the stored pose 1.00",
-        "cosine 1.00; with those of the stored pose 0.00",
-        "cosine 1.00; with those of the stored pose -1.00",
-        "cosine 0.00; with those of the stored pose 0.00",
+        "cosine 1.00; without the matrix 1.00",
+        "cosine 1.00; without the matrix 0.00",
+        "cosine 1.00; without the matrix -1.00",
+        "cosine 0.00; without the matrix 0.00",
     ]
 
 
@@ -64,12 +64,12 @@ def test_bars_and_lines_are_as_high_as_the_numbers():
 
 
 def test_codes_are_told_beside_that_of_the_stored_pose():
-    assert {pose["said"] for pose in strip(small(), 1)} == {"2 of 2 latents are those of the stored pose; cosine 1.00"}
+    assert {pose["said"] for pose in strip(small(), 1)} == {"2 of 2 latents stayed; cosine 1.00"}
     assert [pose["said"] for pose in strip(small(), 2)] == [
-        "2 of 2 latents are those of the stored pose; cosine 1.00",
-        "1 of 2 latents are those of the stored pose; cosine 0.50",  # 16 / (5 sqrt 41)
-        "0 of 1 latents are those of the stored pose; cosine 0.00",
-        "0 of 0 latents are those of the stored pose; cosine 0.00",
+        "2 of 2 latents stayed; cosine 1.00",
+        "1 of 2 latents stayed; cosine 0.50",  # 16 / (5 sqrt 41)
+        "0 of 1 latents stayed; cosine 0.00",
+        "0 of 0 latents stayed; cosine 0.00",
     ]
 
 
