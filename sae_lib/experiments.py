@@ -17,13 +17,15 @@ for, until the measured held-out L0 lies within 3% of the target (`sae_lib.match
 part of the grid: ``only: {target: 16}`` of an SAE, or ``{first_letter: {target: 16}}`` in place of a measure's name.
 All SAEs of a seed are trained on one stream, in one order of the data; ``tokens`` counts activations, of which an orbit
 has as many as poses. The ``version`` of an SAE is raised when its own training changes. `sae_lib.reproduce` runs it.
+
+`CHANGES` make the comparison that is described another one's: of another model, site or texts, or of other sizes.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -50,6 +52,11 @@ CONTROLS: dict[str, Callable[[SAE], SAE]] = {
 """What is done to an SAE before its training."""
 IN_PLACE: dict[str, type] = {"neurons": Reading, "matrix": OneMatrix}
 """What stands in place of an SAE and is only measured: ways to embed neurons, and to fit a matrix."""
+ON_GROUND, ON_GRID = ("model", "site", "texts", "limit", "held_texts"), ("d_sae", "target")
+CHANGES = (*ON_GROUND, *ON_GRID, "tokens")
+"""What can be other than described, where the ground is a language model."""
+HELD_TEXTS = 1000
+"""Texts that are held out where others than described are read, unless it is said how many."""
 UNTRAINED = {"pca": {"rank"}} | {name: {field.name for field in fields(kind)} for name, kind in IN_PLACE.items()}
 """What is not trained, components included, with its arguments."""
 
@@ -118,12 +125,23 @@ def described(path: Path | None = None) -> dict[str, Any]:
     return yaml.safe_load((path or DESCRIPTIONS).read_text(encoding="utf-8"))
 
 
-def experiments(chapter: str, scale: str, path: Path | None = None) -> list[Experiment]:
+def experiments(
+    chapter: str, scale: str, path: Path | None = None, changes: Mapping[str, Any] | None = None
+) -> list[Experiment]:
     """The experiments of a chapter at a scale, in their order.
+
+    Args:
+        chapter: one that is described.
+        scale: smoke, pocket or paper.
+        path: of the descriptions; ``book/experiments.yml``, if None.
+        changes: some of `CHANGES`; then only experiments on language models are given. With d_sae or target, the grid
+            is its first point; ``tokens`` changes the length of all trainings in proportion.
 
     Raises:
         ValueError: there is no such chapter or scale, or a description is not as the head of this file says.
     """
+    if changes and (strange := set(changes) - set(CHANGES)):
+        raise ValueError(f"changes must be among {', '.join(CHANGES)}, got {', '.join(sorted(strange))}")
     content = described(path)
     chapters = [name for name in content if name != "grounds"]
     if chapter not in chapters:
@@ -136,13 +154,19 @@ def experiments(chapter: str, scale: str, path: Path | None = None) -> list[Expe
         if scale in parts["scales"]:
             try:
                 whole = OPTIONAL | {k: v for k, v in parts.items() if k != "scales"} | parts["scales"][scale]
-                found += on_grounds(chapter, name, scale, whole, content["grounds"])
+                found += on_grounds(chapter, name, scale, whole, content["grounds"], changes or {})
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{chapter}/{name} at scale {scale}: {error}") from error
+    if changes and not found:
+        raise ValueError(
+            f"{', '.join(changes)} can be changed of a language model, got {chapter} at scale {scale}, without"
+        )
     return found
 
 
-def on_grounds(chapter: str, name: str, scale: str, parts: dict[str, Any], grounds: dict[str, Any]) -> list[Experiment]:
+def on_grounds(
+    chapter: str, name: str, scale: str, parts: dict[str, Any], grounds: dict[str, Any], changes: Mapping[str, Any]
+) -> list[Experiment]:
     """One experiment, from what its description says at one scale; or several, where settings change the ground."""
     if missing := [part for part in NEEDED if part not in parts]:
         raise ValueError(f"an experiment must have {', '.join(NEEDED)}, got none of {', '.join(missing)}")
@@ -150,11 +174,14 @@ def on_grounds(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
         raise ValueError(f"an experiment has {', '.join([*NEEDED, *OPTIONAL])}, got {', '.join(sorted(unknown))}")
     if parts["ground"] not in grounds:
         raise ValueError(f"ground must be one of {', '.join(grounds)}, got {parts['ground']!r}")
+    ground = grounds[parts["ground"]]
+    if changes and "model" not in ground:
+        return []
+    share = changes.get("tokens", parts["tokens"]) / parts["tokens"] if parts["tokens"] else 1
     shared = {
         "experiment": f"{chapter}/{name}",
         "version": parts["version"],
         "repeats": parts["repeats"],
-        "tokens": parts["tokens"],
     }
     measures = {}
     for measure in parts["measures"]:
@@ -163,19 +190,32 @@ def on_grounds(chapter: str, name: str, scale: str, parts: dict[str, Any], groun
         raise ValueError(
             f"measures must be among {', '.join([*MEASURES, CONSISTENCY])}, got {', '.join(sorted(strange))}"
         )
-    saes = []
-    for setting in parts["settings"]:
+    saes, grid = [], {name: changes[name] for name in ON_GRID if name in changes}
+    for point in parts["settings"][:1] if grid else parts["settings"]:
+        setting = point | grid
         own = {
-            "ground": valued(grounds[parts["ground"]], setting),
-            "measures": [measure for measure, only in measures.items() if matches(setting, only)],
+            "ground": changed(valued(ground, setting), changes),
+            "measures": [measure for measure, only in measures.items() if matches(point, only)],
         }
         for label, asked in parts["saes"].items():
-            if matches(setting, asked.get("only", {})):
-                saes.append(planned(label, asked, setting, shared | own))
+            if matches(point, asked.get("only", {})):
+                length = valued(asked.get("tokens", parts["tokens"]), point) * share
+                saes.append(planned(label, asked | {"tokens": round(length)}, setting, shared | own))
     return [
         Experiment(chapter, name, scale, parts["version"], ground, parts["seeds"], tuple(some))
         for ground, some in groupby(saes, key=lambda sae: sae.configuration["ground"])
     ]
+
+
+def changed(ground: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The ground with another model, site or texts; of other texts the first are held out, unless they have splits."""
+    if "texts" in changes:
+        ground = {name: value for name, value in ground.items() if name != "held_texts"}
+        if changes["texts"] == "pocket":
+            ground.pop("limit", None)
+        else:
+            ground["held_texts"] = HELD_TEXTS
+    return ground | {name: changes[name] for name in ON_GROUND if name in changes}
 
 
 def matches(setting: dict[str, Any], only: dict[str, Any]) -> bool:
@@ -194,7 +234,7 @@ def planned(label: str, asked: dict[str, Any], setting: dict[str, Any], shared: 
     """One SAE at one setting: names of settings replaced by their values, arguments checked."""
     parts = {name: valued(part, setting) for name, part in asked.items() if name != "only"}
     variant, control = parts.pop("variant", None), parts.pop("control", None)
-    tokens = parts.pop("tokens", shared["tokens"])
+    tokens = parts.pop("tokens")
     names = {"version": "sae_version", "reading": "reading"}
     where_asked = {names[part]: parts.pop(part) for part in names if part in parts}
     if variant not in (*VARIANTS, *UNTRAINED):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat as endlessly
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +28,14 @@ from sae_lib.models import load_model
 from sae_lib.orbit_worlds import World, kept_autoencoder, network_world, pictures, planted_world, untrained_autoencoder
 from sae_lib.orbits import Orbits
 from sae_lib.pocket.spelling import split_words
+from sae_lib.records import Record
 from sae_lib.sae import whole
 from sae_lib.vision import Classifier, Images, load_images, train_classifier
 
 CACHES = Path(__file__).parent.parent / "_build" / "activations"
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_HELD_TEXTS = 20_000
+"""Most texts that are read of a split ``test`` of the Hub: many times the tokens that are measured on."""
 KEPT = 8
 """So many of the things that were prepared last are kept."""
 
@@ -127,10 +131,13 @@ class LanguageGround(Ground):
     Args:
         model: what `load_model` takes.
         site: where the activations are read.
-        texts: what `load_texts` takes; trained on is the split ``train``, measured on ``test``.
+        texts: what `load_texts` takes; trained on is the split ``train``, measured on ``test``; see `split_texts`.
         batch_size: tokens in a training step.
         held: held-out tokens of one measurement.
         limit: at most so many texts of a split; the Hub needs it.
+        held_texts: of texts without a split ``test``: the first so many, which are measured on and not trained on.
+        context: most tokens in a window, BOS included; the model's, if None.
+        dtype: of the model's weights; activations are float32 from the stream on.
         cache: write the training activations to disk first, and read them from there in every training.
         grad: train all SAEs on batches with gradients, which have no last tokens of texts, so that those that need
             gradients and those that do not see the same rows; without it only those that need them do.
@@ -153,13 +160,18 @@ class LanguageGround(Ground):
         batch_size: int,
         held: int,
         limit: int | None = None,
+        held_texts: int | None = None,
+        context: int | None = None,
+        dtype: str = "float32",
         cache: bool = False,
         grad: bool = False,
         labelled: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.model, self.site = load_model(model), site
-        self.texts = {split: load_texts(texts, split=split, limit=limit) for split in ("train", "test")}
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.texts = split_texts(texts, limit, held_texts)
+        self.model, self.site, self.context = load_model(model, dtype=getattr(torch, dtype)), site, context
         self.batch_size, self.held = whole("batch_size", batch_size), whole("held", held)
         self.cache, self.grad, self._cached = cache, grad, {}
         self.d_in = self.model.width(site)
@@ -182,13 +194,36 @@ class LanguageGround(Ground):
         return self._cached[grad]
 
     def _stream(self, seed: int, grad: bool) -> Activations:
-        options = {"texts": self.texts["train"], "batch_size": self.batch_size, "seed": seed, "grad": grad}
-        return Activations(self.model, self.site, **options)
+        return self._activations("train", seed, grad)
 
     def held_out(self, seed: int, repeat: int) -> Activations:
         """Texts that no training sees, the same for all seeds; a repetition begins with others of them."""
-        options = {"texts": self.texts["test"], "batch_size": self.batch_size, "seed": repeat}
-        return Activations(self.model, self.site, **options)
+        return self._activations("test", repeat)
+
+    def _activations(self, split: str, seed: int, grad: bool = False) -> Activations:
+        options = {"batch_size": self.batch_size, "seed": seed, "grad": grad, "context": self.context}
+        return Activations(self.model, self.site, texts=self.texts[split], **options)
+
+
+def split_texts(source: str, limit: int | None, held_texts: int | None) -> dict[str, Sequence[Record]]:
+    """Texts to train on and others to measure on.
+
+    Args:
+        source: what `load_texts` takes.
+        limit: at most so many texts of a split, and of ``test`` at most 20,000.
+        held_texts: take the first so many of ``train`` in place of ``test``, and leave them out there.
+
+    Raises:
+        ValueError: if no text is left to train on.
+    """
+    train = load_texts(source, "train", limit=limit)
+    if held_texts is None:
+        return {"train": train, "test": load_texts(source, "test", limit=limit and min(limit, MOST_HELD_TEXTS))}
+    if not 0 < held_texts < len(train):
+        raise ValueError(
+            f"held_texts must be in [1, {len(train) - 1}], for {source} has {len(train)}, got {held_texts}"
+        )
+    return {"train": train[held_texts:], "test": train[:held_texts]}
 
 
 class ImageGround(Ground):

@@ -244,26 +244,31 @@ class Plan:
     disk: dict[str, int]
     moved: int
 
-    def hours(self, device: str, arithmetic: str, utilisation: float = 0.4) -> dict[str, float]:
-        """Of the model's forward and of the SAEs' sparse steps, on as many devices as there are processes.
+    def hours(
+        self, device: str | Device, arithmetic: str, utilisation: float = 0.4, step: str = "sparse step"
+    ) -> dict[str, float]:
+        """Of the model's forward and of the SAEs' steps, on as many devices as there are processes.
 
         Args:
-            device: one of `DEVICES`.
+            device: one of `DEVICES`, or a data sheet of your own.
             arithmetic: of matrix products: one of `ARITHMETIC`.
             utilisation: share of the peaks that is reached, in (0, 1]: an assumption.
+            step: "sparse step" or "dense step".
 
         Raises:
             ValueError: for an argument out of range.
         """
-        _one_of("device", device, DEVICES)
+        if not isinstance(device, Device):
+            _one_of("device", device, DEVICES)
+            device = DEVICES[device]
         _one_of("arithmetic", arithmetic, ARITHMETIC)
         if not 0 < utilisation <= 1:
             raise ValueError(f"utilisation must be in (0, 1], got {utilisation}")
-        peak = getattr(DEVICES[device], arithmetic) * 1e12 * utilisation * self.processes
-        bandwidth = DEVICES[device].bandwidth * 1e9 * utilisation
+        peak = getattr(device, arithmetic) * 1e12 * utilisation * self.processes
+        bandwidth = device.bandwidth * 1e9 * utilisation
         steps = self.tokens / self.batch_size
         model = self.tokens * self.flops["model"] / peak
-        saes = self.saes * (self.tokens * self.flops["sparse step"] / peak + steps * self.moved / bandwidth)
+        saes = self.saes * (self.tokens * self.flops[step] / peak + steps * self.moved / bandwidth)
         return {"model": model / 3600, "saes": saes / 3600}
 
     def table(self, devices: Sequence[str] = ("h100",), utilisation: float = 0.4) -> str:

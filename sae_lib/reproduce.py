@@ -13,11 +13,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -47,17 +48,20 @@ def reproduce(
     job: tuple[int, int] = (1, 1),
     folder: Path | None = None,
     path: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[int, list[str]]:
     """Train and measure what a chapter's experiments ask for and its results file does not have.
 
     Args:
-        chapter: a chapter of ``experiments.yml``.
+        chapter: a chapter of ``experiments.yml``, or ``chapter/experiment`` for one of its experiments.
         scale: smoke, pocket or paper.
         seeds: the first so many; as described, if None.
         job: ``(i, n)``: only the i-th of n parts of the pairs of experiment and seed, for n machines. Processes of one
             machine need no parts: each leaves alone what another is at.
         folder: of the results; ``book/results``, if None.
         path: of the descriptions; ``book/experiments.yml``, if None.
+        changes: what is other than described; see `sae_lib.experiments.experiments`. Such rows need a folder of their
+            own.
 
     Returns:
         How many rows were added; and, for each SAE without a row, because its L0 missed the target, the reason.
@@ -65,12 +69,8 @@ def reproduce(
     Raises:
         ValueError: for a chapter, scale or description that is wrong, or a results file that cannot be read.
     """
-    part, parts = job
-    if not 1 <= part <= parts:
-        raise ValueError(f"jobs must be i/n with i from 1 to n, got {part}/{parts}")
-    asked = experiments(chapter, scale, path)
-    pairs = [(one, seed) for one in asked for seed in range(one.seeds if seeds is None else whole("seeds", seeds))]
-    todo = [(one, seed, saes) for one, seed in pairs[part - 1 :: parts] if (saes := lacking(one, seed, folder))]
+    todo = unfinished(chapter, scale, seeds, job, folder, path, changes)
+    chapter = chapter.partition("/")[0]
     added, missed, stand = 0, [], {}
     with tqdm(total=sum(len(saes) for *_, saes in todo), unit="SAE", desc=f"{chapter}, {scale}") as bar:
         for one, seed, saes in todo:
@@ -87,6 +87,36 @@ def reproduce(
                     added, missed = added + len(rows), missed + without
             bar.update(len(saes))
     return added, missed
+
+
+def unfinished(
+    chapter: str,
+    scale: str,
+    seeds: int | None = None,
+    job: tuple[int, int] = (1, 1),
+    folder: Path | None = None,
+    path: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> list[tuple[Experiment, int, list[Planned]]]:
+    """What `reproduce` with the same arguments will do: an experiment, a seed, and the SAEs that have no row.
+
+    Raises:
+        ValueError: as there.
+    """
+    (chapter, _, only), (part, parts) = chapter.partition("/"), job
+    if not 1 <= part <= parts:
+        raise ValueError(f"jobs must be i/n with i from 1 to n, got {part}/{parts}")
+    if changes and file_of(chapter, scale, folder).resolve() == file_of(chapter, scale).resolve():
+        raise ValueError(
+            f"what is not as described must not be mixed with the book's rows, got other {', '.join(changes)} and "
+            f"{file_of(chapter, scale)}: name a folder of their own"
+        )
+    asked = [one for one in experiments(chapter, scale, path, changes) if only in ("", one.name)]
+    if only and not asked:
+        names = ", ".join(dict.fromkeys(one.name for one in experiments(chapter, scale, path, changes)))
+        raise ValueError(f"experiment of {chapter} at scale {scale} must be one of {names or 'none'}, got {only!r}")
+    pairs = [(one, seed) for one in asked for seed in range(one.seeds if seeds is None else whole("seeds", seeds))]
+    return [(one, seed, saes) for one, seed in pairs[part - 1 :: parts] if (saes := lacking(one, seed, folder))]
 
 
 def lacking(one: Experiment, seed: int, folder: Path | None) -> list[Planned]:
@@ -150,7 +180,9 @@ def train_all(saes: Sequence[Planned], seed: int, ground: Ground, work: Path) ->
             done[place] = Trained(saes[place], sae, found[place], spent[place])
             if searches[place]:
                 try:
-                    searches[place][1].tell(measured_l0(sae, held))
+                    argument, search = searches[place]
+                    search.tell(measured_l0(sae, held))
+                    saes[place].make(sae.d_in, seed, {argument: search.guess})  # refuses a value that is out of range
                 except ValueError as error:
                     missed.append(f"{saes[place].label}, {saes[place].setting}, seed {seed}: {error}")
                     done.pop(place)

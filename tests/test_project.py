@@ -70,6 +70,7 @@ ORDER = [
     "claims",
     "formats",
     "plan",
+    "preflight",
     "figures",
     "against",
     "components",

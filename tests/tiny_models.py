@@ -15,12 +15,12 @@ WORDS = [
 ]  # numbered from 4
 
 
-def _tokenizer():
+def _tokenizer(words=WORDS):
     """One token a word; <bos> first where the tokenizer is asked for special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS])}
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
@@ -29,7 +29,7 @@ def _tokenizer():
     )
 
 
-def _save(model_class, config) -> Path:
+def _save(model_class, config, tokenizer=None, change=lambda model: None) -> Path:
     import torch
 
     folder = Path(tempfile.mkdtemp(prefix="tiny-model-"))
@@ -39,8 +39,9 @@ def _save(model_class, config) -> Path:
         model = model_class(config)
         for parameter in model.parameters():  # with the default of 0.02 all activations look alike
             torch.nn.init.normal_(parameter, std=0.2)
+        change(model)
         model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    (tokenizer or _tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -67,3 +68,30 @@ def tiny_gemma2() -> Path:
         bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return _save(Gemma2ForCausalLM, config)
+
+
+LETTERS = "klmnop"
+SPELLED = [letter + a + b for letter in LETTERS for a in "aeiou" for b in "bcdfghrst"]  # 45 words of each letter
+
+
+@functools.cache
+def spellers() -> tuple[Path, Path]:
+    """Folders of a Gemma 2 and a GPT-2 with 3 layers, d_model 32 and a context of 128, whose words, but for random
+    weights, hold their first letter: its direction is a part of their embeddings."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    others = ["has", "the", "first", "letter", ":", ".", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    tokenizer, known = _tokenizer([*others, *SPELLED]), 4 + len(others)
+    sizes = {"vocab_size": known + len(SPELLED), "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    gemma = Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, query_pre_attn_scalar=8, max_position_embeddings=128, sliding_window=64, **sizes,
+    )  # fmt: skip
+    gpt2 = GPT2Config(n_positions=128, n_embd=32, n_layer=3, n_head=4, n_inner=48, **sizes)
+
+    def spell(model) -> None:
+        rows = model.get_input_embeddings().weight.data[known:]
+        rows += 2 * torch.eye(32)[[LETTERS.index(word[0]) for word in SPELLED]]
+
+    return _save(Gemma2ForCausalLM, gemma, tokenizer, spell), _save(GPT2LMHeadModel, gpt2, tokenizer, spell)
