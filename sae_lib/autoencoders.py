@@ -307,7 +307,7 @@ def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 1500, 
     Returns:
         of each that was made: dials, seed and sizes; ``explained_variance`` of the held-out images in all poses;
         ``map_r2`` of the matrix of a quarter turn, fitted to codes of training images, on those of held-out ones;
-        ``cpu_seconds`` of the training, of all threads together; commit, versions, ``bytes`` and ``sha256`` of the file.
+        ``cpu_seconds`` of the training, over all threads; commit, versions, ``bytes`` and ``sha256`` of the file.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = out / "provenance.json"
