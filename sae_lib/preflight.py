@@ -3,8 +3,8 @@
 Tried are the model's ``config.json``, which of a gated model only those may read who may read its weights, and the
 first text of each data set. Sizes and hours are those of `sae_lib.plan`, added up over what is still to do. They are
 rough: hours count products at `UTILISATION` of a data sheet's peak, or of a product that is timed here where there is
-no data sheet (the model in its own type, SAEs in float32), and leave out the measurements. Of two numbers of hours the
-first is for training everything once, the second for as many rounds as a search may take.
+no data sheet (the model in its own type, SAEs in float32), and leave out the measurements. Of two numbers the first is
+for training everything once, the second for as many rounds as a search may take.
 
 Chapter `gemma`.
 """
@@ -69,16 +69,15 @@ def preflight(todo: Todo, path: Path) -> list[Check]:
     grounds = [one.ground for one, *_ in todo if "model" in one.ground]
     models = {name: model_access(name) for name in dict.fromkeys(ground["model"] for ground in grounds)}
     lines += [check for check, _ in models.values()]
-    sources = dict.fromkeys((ground["texts"], ground.get("limit")) for ground in grounds)
-    lines += [texts_access(*source) for source in sources]
-    labels = {str(ground["labelled"]): ground["labelled"] for ground in grounds if "labelled" in ground}
-    lines += [labels_access(labelled) for labelled in labels.values()]
+    if not any(line.remedy for line in lines):  # without a network, each further try takes half a minute
+        sources = dict.fromkeys((ground["texts"], ground.get("limit")) for ground in grounds)
+        labels = {str(ground["labelled"]): ground["labelled"] for ground in grounds if "labelled" in ground}
+        lines += [texts_access(*source) for source in sources] + [labels_access(each) for each in labels.values()]
     if not any(line.remedy for line in lines):
-        units = [
-            unit(one.ground, models[one.ground["model"]][1], part) for one, _, part in todo if "model" in one.ground
-        ]
-        download = sum(size for *_, size in (weights(name) for name in models))
-        lines += resources([u for u in units if u], download) if any(units) else []
+        on_models = [(one, part) for one, _, part in todo if "model" in one.ground]
+        units = [unit(one.ground, models[one.ground["model"]][1], part) for one, part in on_models]
+        if units := [each for each in units if each]:
+            lines += resources(units, sum(weights(name)[1] for name in models))
     lines.append(Check("writes", f"{path}, about {saes * ROW / 1e6:.1f} MB more; until then, {reproduce.WORK}/"))
     return lines
 
@@ -162,13 +161,13 @@ class Unit(NamedTuple):
     """An experiment and a seed: what its SAEs take together.
 
     Attributes:
-        plans: of each SAE, with the times that it is trained at most and whether its steps are dense.
+        plans: of each SAE, with how often it is trained at least and at most, and whether its steps are dense.
         dtype: of the model.
         streams: how often the model reads the texts at least and at most, one that is differentiated counting twice.
         every: FLOPs of the whole model for a token, over those up to the site.
     """
 
-    plans: list[tuple[Plan, int, bool]]
+    plans: list[tuple[Plan, int, int, bool]]
     dtype: str
     streams: tuple[float, float]
 
@@ -183,19 +182,23 @@ class Unit(NamedTuple):
         return shared + own + int(6.3 * 4 * self.plans[0][0].batch_size * widest)
 
     @property
-    def disk(self) -> int:
-        """Bytes of checkpoints: three of the first round, two of each further one."""
-        return sum(plan.disk["three checkpoints"] * (1 + 2 / 3 * (times - 1)) for plan, times, _ in self.plans)
+    def disk(self) -> tuple[int, int]:
+        """Bytes of checkpoints: three of the first round; and, at most, two more of each further one."""
+        buffer = self.plans[0][0].memory["buffer of activations"]
+        one = [plan.disk["three checkpoints"] // 3 - buffer for plan, *_ in self.plans]
+        rounds = [most - 1 for _, _, most, _ in self.plans]
+        further = sum(size * count for size, count in zip(one, rounds, strict=True)) + buffer * max(rounds)
+        return 3 * (sum(one) + buffer), 3 * (sum(one) + buffer) + 2 * further
 
     def hours(self, device: Device) -> tuple[float, float]:
-        """With every SAE trained once, and with the most rounds."""
+        """With every search done at once, and with the most rounds."""
         arithmetic = "bf16" if self.dtype != "float32" else "fp32"
         reading = max(plan.hours(device, arithmetic, UTILISATION)["model"] for plan, *_ in self.plans)
         low, high = (reading * count for count in self.streams)
-        for plan_of, times, dense in self.plans:
+        for plan_of, least, most, dense in self.plans:
             step = "dense step" if dense else "sparse step"
             own = plan_of.hours(device, "fp32", UTILISATION, step)["saes"]
-            low, high = low + own, high + own * times
+            low, high = low + own * least, high + own * most
         return low, high
 
 
@@ -207,20 +210,20 @@ def unit(ground: dict[str, Any], config: Path, saes: Sequence[Planned]) -> Unit 
     dtype, context = ground.get("dtype", "float32"), ground.get("context") or shape.context
     plans, streams = [], {}
     for sae in trained:
-        arguments, search = sae.configuration["arguments"], sae.search
+        arguments = sae.configuration["arguments"]
         twins = 2 if CONSISTENCY in sae.configuration["measures"] else 1
         d_sae = arguments["d_sae"]
         k = min(d_sae, round(arguments.get("k") or sae.setting.get("target") or 64))
         made = plan(
             config, d_sae, k, ground["site"], sae.tokens, 1, ground["batch_size"], context=context, model_dtype=dtype
         )
-        times = ROUNDS if search else 1
-        plans.append((made, times + twins - 1, "k" not in arguments))
+        most = (ROUNDS if sae.search else 1) + twins - 1
+        plans.append((made, twins, most, "k" not in arguments))
         reading = "grad" if ground.get("grad") else sae.reading
         whole = 2 * (shape.flops(shape.layers, 0, context) + 2 * shape.d_model * shape.vocabulary)  # there and back
         cost = whole / made.flops["model"] if reading == "grad" else 1.0
         low, high = streams.get((sae.tokens, reading), (0.0, 0.0))
-        streams[sae.tokens, reading] = max(low, cost * twins), max(high, cost * (times + twins - 1))
+        streams[sae.tokens, reading] = max(low, cost * twins), max(high, cost * most)
     longest = max(sae.tokens for sae in trained)
     totals = [sum(tokens / longest * cost[end] for (tokens, _), cost in streams.items()) for end in (0, 1)]
     return Unit(plans, dtype, (totals[0], totals[1]))
@@ -232,10 +235,11 @@ def resources(units: Sequence[Unit], download: int) -> list[Check]:
     said = f"{where}: {there / 1e9:.1f} GB free; about {needed / 1e9:.1f} GB needed" if there else f"{where}: unknown"
     remedy = "free memory, take a larger GPU, or fewer latents: --d-sae N --out FOLDER"
     lines = [Check("memory", said, remedy if there and needed > there else "")]
-    disk, work = max(unit.disk for unit in units) + download, existing(reproduce.WORK)
+    low, high = (max(sizes) + download for sizes in zip(*(unit.disk for unit in units), strict=True))
+    work = existing(reproduce.WORK)
     free = shutil.disk_usage(work).free
-    said = f"{free / 1e9:.1f} GB free at {work}; at most {disk / 1e9:.1f} GB needed for checkpoints and download"
-    lines.append(Check("disk", said, "free disk, or put _build on another" if disk > free else ""))
+    said = f"{free / 1e9:.1f} GB free at {work}; {low / 1e9:.1f} to {high / 1e9:.1f} GB for checkpoints and download"
+    lines.append(Check("disk", said, "free some, or let _build be a link to a larger disk" if low > free else ""))
     device, sheet = this_device()
     low, high = (sum(hours) for hours in zip(*(unit.hours(device) for unit in units), strict=True))
     said = f"{low:,.1f} to {high:,.1f}, at {UTILISATION:.0%} of {sheet}; measurements not counted"
