@@ -50,7 +50,7 @@ from sae_lib.saes.atm import ATMSAE
 from sae_lib.saes.equivariant import EquivariantSAE
 from sae_lib.saes.topk import TopKSAE
 
-Metrics = dict[str, float]
+Metrics = dict[str, int | float]
 Measure = Callable[[Sequence[SAE], Ground, int, int], list[Metrics | str]]
 
 
@@ -181,7 +181,7 @@ def task(make: Callable[[LanguageGround, int], Callable[[SAE], Metrics]]) -> Mea
     return measure
 
 
-def each(measure: Callable[[SAE], Metrics], saes: Sequence[SAE]) -> list[Metrics | str]:
+def each(measure: Callable[[SAE], Metrics], saes: Sequence[SAE | OneMatrix]) -> list[Metrics | str]:
     """The metrics of each SAE; where they cannot be had, such as those of latents that never fire, the reason."""
     found: list[Metrics | str] = []
     for sae in tqdm(saes, desc="measured", unit="SAE", leave=False, delay=5):
