@@ -154,3 +154,20 @@ def test_rows_of_another_configuration_are_not_read(tmp_path):
     assert [r["sae"] for r in rows("chapter", "pocket", tmp_path, write(tmp_path, saes=changed))] == ["TopK"]
     with pytest.raises(ResultsError, match="got 2 rows of others; to make them: python -m sae_lib reproduce"):
         rows("chapter", "pocket", tmp_path, write(tmp_path, version=2))
+
+
+def test_a_reading_is_that_of_the_variant_or_what_is_asked_for_and_stands_in_no_other_configuration(tmp_path):
+    saes = {
+        "TopK": {"variant": "topk", "k": 1},
+        "g-SAE": {"variant": "gradient", "k": 1},
+        "E-SAE": {"variant": "equivariant", "k": 1, "mode": "search"},
+        "crosscoder": {"variant": "topk", "k": 1, "reading": "stacked"},
+        "matrix": {"variant": "matrix", "pairs": "shuffled"},
+    }
+    path = write(tmp_path, settings=[{"d_sae": 8}], saes=saes)
+    (experiment,) = experiments("chapter", "pocket", path)
+    assert [sae.reading for sae in experiment.saes] == ["", "grad", "orbit", "stacked", ""]
+    assert [sae.label for sae in experiment.saes if "reading" in sae.configuration] == ["crosscoder"]
+    assert experiment.saes[4].configuration["arguments"] == {"pairs": "shuffled"}
+    with pytest.raises(ValueError, match="matrix takes network, pairs, got k"):
+        experiments("chapter", "pocket", write(tmp_path, saes={"matrix": {"variant": "matrix", "k": 1}}))

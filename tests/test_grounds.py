@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import WORDS, tiny_gpt2
 
-from sae_lib import TopKSAE, grounds, train
-from sae_lib.grounds import ImageGround, LanguageGround, PlantedGround, ground
+from sae_lib import TopKSAE, grounds, orbit_worlds, train
+from sae_lib.grounds import AutoencoderGround, ImageGround, LanguageGround, PlantedGround, PlantedOrbitGround, ground
 
 
 @pytest.fixture
@@ -108,3 +108,45 @@ def test_a_classifier_has_no_gradients_of_next_tokens():
         ImageGround(**DIGITS).stream(0, "grad")
     with pytest.raises(ValueError, match="epochs must be an integer at least 1, got 0"):
         ground(DIGITS | {"epochs": 0})
+
+
+# Orbits ---------------------------------------------------------------------------------------------------------------
+
+ORBITS = {"orbits": {"n_features": 6, "d_in": 8, "active": 2}, "inputs": 40, "batch_size": 8, "held": 10}
+SHAPES = {"autoencoder": {"kind": "mlp", "d_code": 5, "steps": 2}, "source": "shapes", "inputs": 20, "batch_size": 4}
+
+
+def test_orbits_are_read_as_a_whole_stacked_or_apart():
+    place = ground(ORBITS)
+    assert isinstance(place, PlantedOrbitGround)
+    first = {reading: next(iter(place.stream(1, reading))) for reading in ("", "orbit", "stacked")}
+    for reading, batch in first.items():
+        width, activations = place.row(reading)
+        assert batch.x.shape == (8 * 4 // activations, width)
+    assert torch.equal(first["orbit"].orbit.flatten(0, 1), first[""].x)
+    train, (held,) = place.world(1).train.flatten(0, 1), (batch.x for batch in place.held_out(1, 0))
+    assert held.shape == (40, 8)
+    assert torch.cdist(held, train).amin(1).median() > 1e-3
+    with pytest.raises(ValueError, match="PlantedOrbitGround has single activations and orbit and stacked, got"):
+        place.stream(1, "grad")
+    with pytest.raises(ValueError, match="PlantedGround has single activations, got reading 'orbit'"):
+        PlantedGround({"n_features": 8, "d_in": 4, "active": 2}, 32, 100).stream(0, "orbit")
+
+
+def test_a_ground_of_a_dihedral_group_has_eight_poses():
+    place = ground(ORBITS | {"group": {"order": 4, "reflections": True}})
+    assert place.world(0).held.shape == (10, 8, 8)
+    assert place.row("stacked") == (64, 8)
+
+
+def test_the_seed_decides_images_and_autoencoder_and_the_untrained_one_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbit_worlds, "KEPT", tmp_path)
+    place, again = (ground(SHAPES | {"held": 6}) for _ in range(2))
+    assert isinstance(place, AutoencoderGround)
+    assert torch.equal(place.world(1).held, again.world(1).held)
+    assert place.world(1) is place.world(1)
+    assert not torch.equal(place.world(1).held, place.world(2).held)
+    assert not torch.allclose(place.world(1).held, place.world(1, "untrained").held)
+    assert len([*tmp_path.iterdir()]) == 2
+    with pytest.raises(ValueError, match="must have its arguments"):
+        ground(SHAPES | {"held": 6, "epochs": 3})

@@ -18,6 +18,7 @@ from sae_lib import reproduce, results
 from sae_lib.experiments import Planned, described, experiments, rows
 from sae_lib.grounds import ground
 from sae_lib.measures import MEASURES
+from sae_lib.metrics.equivariance import OneMatrix
 from sae_lib.metrics.feature_clusters import Reading
 
 DESCRIPTION = {
@@ -263,11 +264,32 @@ def test_who_needs_no_gradient_is_trained_without_one_unless_the_ground_gives_it
             assert not torch.equal(other.W_dec, topk.W_dec)  # the rows are others
 
 
+def test_saes_that_read_orbits_see_the_same_inputs_in_as_many_steps(tmp_path):
+    orbits = {"orbits": {"n_features": 6, "d_in": 8, "active": 2}, "inputs": 40, "batch_size": 4, "held": 10}
+    stand = ground(orbits)
+    plain = {"control": None, "tokens": 320, "arguments": {"d_sae": 8, "k": 2}}
+    asked = {"topk": {}, "equivariant": {}, "matrix": {"arguments": {}}, "stacked": {"reading": "stacked"}}
+    saes = [Planned(name, {}, plain | {"variant": name} | own) for name, own in asked.items()]
+    saes[3].configuration["variant"] = "topk"
+    topk, equivariant, matrix, stacked = (
+        made for made, _ in reproduce.train_once(saes, [{}] * 4, 3, stand, tmp_path / "work")
+    )
+    assert matrix == OneMatrix()
+    assert (topk.d_in, equivariant.d_in, stacked.d_in) == (8, 8, 32)
+    assert [int(sae.tokens_trained) for sae in (topk, equivariant, stacked)] == [320, 80, 80]
+    for sae, reading, tokens in ((topk, "", 320), (equivariant, "orbit", 80), (stacked, "stacked", 80)):
+        alone = type(sae)(sae.d_in, 8, k=2, seed=3)
+        assert sae_lib.train(alone, stand.stream(3, reading), tokens, 3).steps == 20
+        assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), alone.parameters(), strict=True))
+
+
 def test_every_committed_experiment_names_measures_that_fit_its_ground():
     for chapter in set(described()) - {"grounds"}:
         for experiment in experiments(chapter, "pocket"):
             asked = {measure for sae in experiment.saes for measure in sae.configuration["measures"]}
             planted = "planted" in experiment.ground
+            assert ("orbit_probing" in asked) <= ("autoencoder" in experiment.ground)
+            assert ("orbit_recovery" in asked) == ("orbits" in experiment.ground)
             assert not asked & ({"first_letter", "sparse_probing", "steering"} if planted else {"recovery"})
 
 
