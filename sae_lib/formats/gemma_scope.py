@@ -7,6 +7,7 @@ Lieberum et al. 2024, "Gemma Scope: open sparse autoencoders everywhere all at o
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -25,12 +26,12 @@ NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 def read(folder: Path) -> SAE:
     """The SAE of a Gemma Scope folder.
 
-    Its transcoders have the same file. They are told by the folder's name alone, or by their sizes.
+    Its transcoders have the same file. They are told by the name of their repository alone.
 
     Raises:
         ValueError: if it is a transcoder, or the file is not what it should be.
     """
-    if "transcoder" in str(folder):
+    if any(re.search("gemma-scope.*transcoder", part) for part in folder.parts):
         raise ValueError(f"a transcoder predicts another place of the model than it reads, got {folder}")
     try:
         with np.load(folder / "params.npz", allow_pickle=False) as arrays:

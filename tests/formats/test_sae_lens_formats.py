@@ -126,8 +126,9 @@ def test_a_damaged_file_of_gemma_scope_is_refused(content, tmp_path):
         sae_lib.load(tmp_path)
 
 
-def test_a_transcoder_of_gemma_scope_is_told_by_its_name(tmp_path):
-    folder = unpacked(FOUND, "gemma_scope.jumprelu", tmp_path / "gemma-scope-2b-pt-transcoders")
+def test_a_transcoder_of_gemma_scope_is_told_by_the_name_of_its_repository(tmp_path):
+    sae_lib.load(unpacked(FOUND, "gemma_scope.jumprelu", tmp_path / "my-transcoders/gemma-scope-2b-pt-res/layer_12"))
+    folder = unpacked(FOUND, "gemma_scope.jumprelu", tmp_path / "gemma-scope-2b-pt-transcoders/layer_12")
     with pytest.raises(ValueError, match="another place"):
         sae_lib.load(folder)
 
