@@ -167,16 +167,21 @@ def test_the_command_makes_what_is_missing_and_says_how_it_was_made(tmp_path):
     arguments = ["vision", "--out", str(tmp_path), "--steps", "2", "--images", "20"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.output.splitlines()] == list(SHIPPED)
+    assert [line.split()[0] for line in result.output.splitlines()] == [
+        str(tmp_path / f"{name}.safetensors") for name in SHIPPED
+    ]
     said = json.loads((tmp_path / "provenance.json").read_text())
     assert list(said) == list(SHIPPED)
     assert {"blind": 1.0, "seed": 0, "steps": 2, "shapes": 20}.items() <= said["conv-broken"].items()
-    assert load_autoencoder("conv-broken", tmp_path).settings["position"] == 1
+    settings = load_autoencoder("conv-broken", tmp_path).settings
+    assert (settings["position"], settings["blind"]) == (1, 1)
     before = (tmp_path / "vit.safetensors").stat().st_mtime_ns
     (tmp_path / "mlp.safetensors").unlink()
-    assert list(make_autoencoders(tmp_path, seed=1, steps=2, n=20)) == ["mlp"]
+    del said["conv"]  # as after a stop between the weights and what is said of them
+    (tmp_path / "provenance.json").write_text(json.dumps(said))
+    assert list(make_autoencoders(tmp_path, seed=1, steps=2, n=20)) == ["conv", "mlp"]
     said = json.loads((tmp_path / "provenance.json").read_text())
-    assert (said["mlp"]["seed"], said["vit"]["seed"]) == (1, 0)
+    assert (said["conv"]["seed"], said["mlp"]["seed"], said["vit"]["seed"]) == (1, 1, 0)
     assert (tmp_path / "vit.safetensors").stat().st_mtime_ns == before
 
 
