@@ -130,6 +130,7 @@ def test_an_epoch_has_every_input_once_and_the_next_another_order():
     order = [int(batch.x[0, 0]) for batch in taken(Orbits(numbered(), 1), 12)]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
     assert order[:6] != order[6:]
+    assert order != [int(batch.x[0, 0]) for batch in taken(Orbits(numbered(), 1, seed=1), 12)]
     assert {int(i) for batch in taken(Orbits(numbered(), 4), 20) for i in batch.x[:, 0]} == set(range(6))
 
 
