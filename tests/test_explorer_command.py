@@ -73,7 +73,7 @@ def test_an_sae_stands_alone_beside_another_or_beside_a_layer(explore, saved, tm
     ("arguments", "message"),
     [
         (["--layer", 7], "site must be one of .* got 'blocks.7.mlp.hook_in'"),
-        (["--sae", "nowhere"], "path must be a folder with config.json"),
+        (["--sae", "nowhere"], "path must be a folder with the files of a format"),
         (["--site", "blocks.0.hook_resid_pre", "--sae", "{wide}"], "which is 12 wide, got d_in=7"),
         (["--sae", "{good}", "--sae", "{good}", "--layer", 1], "two side by side, got 3"),
         (["--split", "train", "--texts", "no.txt"], "texts must be .* got 'no.txt'"),
@@ -89,7 +89,7 @@ def test_a_mistake_is_one_line(explore, saved, as_a_user, tmp_path, arguments, m
 
 def test_what_is_no_page_is_not_replaced_and_nothing_is_computed_first(explore, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("my own")
-    monkeypatch.setattr(sae_lib, "load_model", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr("sae_lib.commands.explore.load_model", lambda *_: pytest.fail("computed first"))
     assert "path must be new or an explorer's page" in " ".join(explore(code=1).split())
     assert (tmp_path / "page.html").read_text() == "my own"
     assert "the folder of a page must exist" in " ".join(explore(out="nowhere/page.html", code=1).split())
@@ -100,5 +100,5 @@ def test_ctrl_c_leaves_nothing_behind(explore, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sae_lib.explorer.contents", stop)
-    assert "stopped; nothing was written" in explore(code=130)
+    assert "stopped; what was written is whole" in explore(code=130)
     assert [path.name for path in tmp_path.iterdir()] == ["lines.txt"]

@@ -12,7 +12,8 @@ from tiny_models import WORDS, tiny_gpt2
 from typer.testing import CliRunner
 
 import sae_lib
-from sae_lib.__main__ import app, described, options
+from sae_lib.__main__ import app
+from sae_lib.commands.train import described, options
 
 SITE = "blocks.1.hook_resid_post"
 

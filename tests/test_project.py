@@ -77,6 +77,7 @@ ORDER = [
     "turning",
     "ledger",
     "explorer",
+    "commands",
 ]
 
 
