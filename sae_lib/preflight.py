@@ -202,7 +202,7 @@ class Unit(NamedTuple):
         return low, high
 
 
-def unit(ground: dict[str, Any], config: Path, saes: Sequence[Planned]) -> Unit | None:
+def unit(ground: dict[str, Any], config: str | Path, saes: Sequence[Planned]) -> Unit | None:
     """The plans of what is trained; None if nothing is."""
     shape, trained = model_shape(config), [sae for sae in saes if sae.configuration["variant"] not in UNTRAINED]
     if not trained:
