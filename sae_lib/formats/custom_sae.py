@@ -90,13 +90,15 @@ def for_sae_bench(sae: SAE, model: str, site: str) -> CustomSAE:
     It is the same SAE, not a copy: what SAEBench moves to another device or precision is moved.
 
     Args:
-        sae: any variant.
+        sae: any variant but EquivariantSAE.
         model: name of the model on the Hugging Face Hub, as TransformerLens knows it.
         site: where the SAE reads, such as ``blocks.12.hook_resid_post``.
 
     Raises:
-        ValueError: if `site` does not name a layer.
+        ValueError: if `site` does not name a layer, or codes of `sae` do not say all that `decode` needs.
     """
+    if sae.name == "equivariant":
+        raise ValueError("SAEBench reconstructs from codes alone, got equivariant, whose codes leave the pose out")
     layer = re.match(r"blocks\.(\d+)\.", site)
     if layer is None:
         raise ValueError(f"site must be blocks.<layer>.<name>, got {site!r}: SAEBench asks for the layer")

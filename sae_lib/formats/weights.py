@@ -23,7 +23,7 @@ UNKNOWN = {"relu": {"l1_coeff": 1.0}, "gated": {"l1_coeff": 1.0}, "jumprelu": {"
 """Arguments of training that no format tells; they mean nothing."""
 REFUSED = {
     "gba": "its scores depend on each token's norm, which no other library's encoder knows",
-    "equivariant": "it chooses in a canonical pose of each token, which no other library's encoder knows",
+    "equivariant": "its code is that of another pose of each activation, which no other library's encoder knows",
 }
 """Variants that no other library's forward pass can express, and why."""
 UNIT = 1e-3

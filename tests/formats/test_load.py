@@ -57,8 +57,12 @@ def test_an_unknown_format_lists_those_that_are_known(tmp_path):
 
 @pytest.mark.parametrize("format", EXPRESSES)
 def test_variants_that_only_we_have_are_refused_with_the_reason(format, tmp_path):
-    with pytest.raises(ValueError, match="each token's norm"):
-        save_as(sae_lib.GBASAE(4, 12), tmp_path / "sae", format)
+    for sae, reason in (
+        (sae_lib.GBASAE(4, 12), "each token's norm"),
+        (sae_lib.EquivariantSAE(4, 12, 3), "another pose"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            save_as(sae, tmp_path / "sae", format)
     assert not list(tmp_path.iterdir())
 
 

@@ -73,3 +73,8 @@ def test_an_sae_in_training_is_evaluated_as_in_evaluation():
 def test_a_site_without_a_layer_is_refused():
     with pytest.raises(ValueError, match="SAEBench asks for the layer"):
         for_sae_bench(sae_lib.TopKSAE(8, 24, 3), "tiny", "hook_embed")
+
+
+def test_codes_that_leave_the_pose_out_are_refused():
+    with pytest.raises(ValueError, match="leave the pose out"):
+        for_sae_bench(sae_lib.EquivariantSAE(8, 24, 3), "tiny", "blocks.0.hook_resid_post")
