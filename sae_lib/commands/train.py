@@ -16,6 +16,7 @@ from sae_lib.activations import Activations
 from sae_lib.commands.options import MODEL, SITE, Device, Limit, Model, Site, Texts
 from sae_lib.data import load_texts
 from sae_lib.distributed import launched, rank
+from sae_lib.loggers import LOGGERS
 from sae_lib.models import load_model
 from sae_lib.pocket.provenance import write_bytes
 from sae_lib.sae import SAE
@@ -42,11 +43,12 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Tokens in a step.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the order of the data, and of SAEs that name none.")] = 0,
     checkpoint_every: Annotated[int | None, typer.Option(help="Tokens; a tenth of the run, if not given.")] = None,
+    log: Annotated[str | None, typer.Option(help=f"{', '.join(LOGGERS)}: the history there too, as it grows.")] = None,
     device: Device = None,
 ) -> None:
     """Train SAEs, several of them on the same batches; the same command goes on where an earlier one was stopped.
 
-    python -m sae_lib train --variant topk --d-sae 1024 --k 16 --out runs/topk
+    python -m sae_lib train --variant topk --d-sae 1024 --k 16 --log csv --out runs/topk
 
     python -m sae_lib train --sae "topk d_sae=1024 k=16" --sae "relu d_sae=1024 l1_coeff=0.05" --out runs/both
 
@@ -56,6 +58,9 @@ def train(
     if not given or (settings and not variant):
         raise ValueError(f"give --variant with its options, or --sae, got {' '.join(settings or ['neither'])}")
     wanted = [described(text) for text in given]
+    if log not in (None, *LOGGERS):
+        raise ValueError(f"log must be one of {', '.join(LOGGERS)}, got {log!r}")
+    watch = LOGGERS[log](out) if log else None
     stream = Activations(
         load_model(model, device),
         site,
@@ -64,12 +69,13 @@ def train(
         grad=any("grad" in made.needs for made, _ in wanted),
     )
     saes = [made(d_in=stream.d_in, **{"seed": seed} | arguments) for made, arguments in wanted]
-    run = train_saes(saes, stream, tokens, seed, checkpoint=out / "checkpoint", checkpoint_every=checkpoint_every)
+    run = train_saes(saes, stream, tokens, seed, watch, out / "checkpoint", checkpoint_every)
     if rank():
         return
     rows = "".join(json.dumps(row) + "\n" for row in run.history)
     write_bytes(out / "history.jsonl", rows.encode())
-    typer.echo(f"{out / 'history.jsonl'}  {len(run.history):,} rows")
+    for written in [out / "history.jsonl", *([watch.path] if watch else [])]:
+        typer.echo(f"{written}  {len(run.history):,} rows")
     for place, trained in enumerate(run.saes):
         last = [row for row in run.history if row["sae"] == place][-1]
         path = trained.save(out / f"{place}-{trained.name}")
