@@ -58,6 +58,7 @@ ORDER = [
     "state",
     "checkpoint",
     "train",
+    "loggers",
     "metrics",
     "matching",
     "results",
