@@ -171,3 +171,43 @@ def test_a_reading_is_that_of_the_variant_or_what_is_asked_for_and_stands_in_no_
     assert experiment.saes[4].configuration["arguments"] == {"pairs": "shuffled"}
     with pytest.raises(ValueError, match="matrix takes network, pairs, got k"):
         experiments("chapter", "pocket", write(tmp_path, saes={"matrix": {"variant": "matrix", "k": 1}}))
+
+
+# Another model, other sizes -------------------------------------------------------------------------------------------
+
+WORDS = {"model": "pocket", "site": "blocks.1.hook_resid_post", "texts": "pocket", "limit": 9}
+WORDS |= {"batch_size": 32, "held": 100}
+
+
+def of_words(folder: Path, **changes):
+    """The experiments that such changes make of one on a language model, in which one SAE trains longer."""
+    saes = one()["saes"] | {"longer": {"variant": "topk", "k": "target", "tokens": 3000, "only": {"target": 1}}}
+    content = {"grounds": {"world": WORLD, "words": WORDS}, "chapter": {"on a world": one()}}
+    content["chapter"]["on words"] = one(ground="words", saes=saes)
+    path = folder / "experiments.yml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return experiments("chapter", "pocket", path, changes)
+
+
+def test_changes_are_of_language_models_and_reach_grid_ground_and_every_length(tmp_path):
+    assert [experiment.name for experiment in of_words(tmp_path)] == ["on a world", "on words"]
+    (experiment,) = of_words(tmp_path, model="gpt2", site="blocks.0.hook_resid_post", tokens=500, d_sae=40, target=3)
+    assert experiment.ground == WORDS | {"model": "gpt2", "site": "blocks.0.hook_resid_post"}
+    assert [(sae.label, sae.tokens) for sae in experiment.saes] == [("TopK", 500), ("ReLU", 500), ("longer", 1500)]
+    arguments = {"d_sae": 40, "k": 3}
+    assert [sae.configuration["arguments"] for sae in experiment.saes[::2]] == [arguments, arguments]
+    assert experiment.saes[1].search[1].target == 3
+
+
+def test_of_other_texts_the_first_are_held_out(tmp_path):
+    (experiment,) = of_words(tmp_path, texts="org/texts", limit=50_000)
+    assert experiment.ground == WORDS | {"texts": "org/texts", "limit": 50_000, "held_texts": 1000}
+    assert of_words(tmp_path, texts="a.txt", held_texts=7)[0].ground["held_texts"] == 7
+    assert set(of_words(tmp_path, texts="pocket")[0].ground) == set(WORDS) - {"limit"}
+
+
+def test_what_cannot_be_changed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="changes must be among model, site, .* got colour"):
+        of_words(tmp_path, colour="red")
+    with pytest.raises(ValueError, match="tokens can be changed of a language model, got chapter at scale pocket"):
+        experiments("chapter", "pocket", write(tmp_path), {"tokens": 5})

@@ -43,6 +43,34 @@ def test_cached_activations_keep_their_own_gradients(place):
     assert distances.amin(1).max() < 1e-4
 
 
+def test_texts_without_splits_are_held_apart_and_context_and_type_are_the_grounds(place):
+    plain, apart = LanguageGround(**place), LanguageGround(**place, held_texts=7, context=5, dtype="bfloat16")
+    every = plain.texts["train"]
+    assert plain.texts["test"] == every
+    assert (apart.texts["test"], apart.texts["train"]) == (every[:7], every[7:])
+    for stream in (apart.stream(0), apart.held_out(0, 0)):
+        tokens = next(stream.sequences())
+        assert tokens.ids.shape[1] == 5
+        assert stream.read(tokens)[0].dtype == torch.bfloat16
+        assert next(iter(stream)).x.dtype == torch.float32
+    assert apart.stream(0).fingerprint != apart.held_out(0, 0).fingerprint
+    with pytest.raises(ValueError, match=r"held_texts must be in \[1, 39\], for .* has 40, got 40"):
+        LanguageGround(**place, held_texts=40)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        LanguageGround(**place, dtype="int8")
+
+
+def test_a_test_split_of_the_hub_is_read_only_as_far_as_it_is_needed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        grounds, "load_texts", lambda source, split, limit: asked.append((split, limit)) or [Record("a")]
+    )
+    for limit in (50_000, 100, None):
+        grounds.split_texts("org/texts", limit, None)
+    assert asked[::2] == [("train", 50_000), ("train", 100), ("train", None)]
+    assert asked[1::2] == [("test", 20_000), ("test", 100), ("test", None)]
+
+
 def test_a_planted_world_has_no_gradients():
     world = PlantedGround({"n_features": 8, "d_in": 4, "active": 2}, 32, 100)
     assert world.grad is False

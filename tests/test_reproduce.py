@@ -150,6 +150,30 @@ def test_an_l0_out_of_reach_leaves_its_row_out_and_says_so(asked, tmp_path):
     assert missed[0].startswith("ReLU, {'d_sae': 16, 'target': 40}, seed 0: L0 must come within 3% of 40")
 
 
+def test_a_search_that_leaves_the_arguments_range_leaves_its_row_out_and_keeps_the_others(asked, tmp_path):
+    description = yaml.safe_load(asked["path"].read_text())
+    description["chapter"]["name"]["saes"] = {
+        "GBA": {"variant": "gba", "ltf": 0.2, "htf": {"match": 0.5, "start": 0.3}},
+        "untrained": {"variant": "topk", "k": 2, "control": "untrained"},
+    }
+    description["chapter"]["name"]["settings"] = [{"target": 0.5, "d_sae": 16}]
+    asked["path"].write_text(yaml.safe_dump(description))
+    added, missed = reproduce.reproduce(**asked, seeds=1)
+    assert (added, len(missed)) == (1, 1)
+    assert "target frequencies must have 0 < ltf <= htf <= 1" in missed[0]
+
+
+def test_one_experiment_of_a_chapter_can_be_asked_for_and_changes_need_a_folder_of_their_own(asked, tmp_path):
+    of_name = reproduce.unfinished(**asked | {"chapter": "chapter/name"})
+    assert of_name == reproduce.unfinished(**asked)
+    assert len(of_name) == 2
+    with pytest.raises(ValueError, match="experiment of chapter at scale smoke must be one of name, got 'nam'"):
+        reproduce.unfinished(**asked | {"chapter": "chapter/nam"})
+    for folder in (None, results.FOLDER):
+        with pytest.raises(ValueError, match="must not be mixed with the book's rows, got other tokens"):
+            reproduce.reproduce(**asked | {"folder": folder}, changes={"tokens": 5})
+
+
 def test_an_experiment_may_train_nothing(asked):
     description = yaml.safe_load(asked["path"].read_text())
     parts = description["chapter"]["name"]
