@@ -66,7 +66,8 @@ class EquivariantSAE(SAE):
         mode: ``invariant``, an encoder meant to be blind to the pose; or ``search``, which tries all poses.
         matrix: ``learned`` by L_M from a least-squares fit of the first batch; ``fitted``, by least squares over the
             first 200 d_in activations; ``frozen``, the fit of the first batch; or a control: ``random``, orthogonal
-            matrices of the same group in a random basis, and ``identity``.
+            matrices of the same group in a random basis, and ``identity``. Matrices that are known can be copied into
+            `matrices` of a control before training.
         adaptive: in the mode ``invariant``, weigh the losses by how equivariant the model is.
         random_pose: in the mode ``invariant``, draw the canonical pose of each orbit in each batch, instead of the
             stored one.
@@ -81,7 +82,7 @@ class EquivariantSAE(SAE):
 
     Raises:
         ValueError: if an argument is out of its range; in training, if an orbit has another size than the group, or a
-            matrix has no inverse.
+            matrix that was copied in has no inverse.
     """
 
     name = "equivariant"
@@ -190,7 +191,8 @@ class EquivariantSAE(SAE):
         self.equivariance.copy_(explained(first, least_squares(first)).clamp(0, 1))
         if not self.tokens_trained and self.matrix in ("learned", "fitted", "frozen"):
             self.matrices.copy_(least_squares(first))
-        self.group.checked_matrices(self.matrices)
+        elif not self.tokens_trained:  # somebody may have put in their own
+            self.group.checked_matrices(self.matrices)
 
     def before_step(self, progress: float) -> None:
         if self.random_pose:

@@ -127,6 +127,23 @@ def test_the_loss_gives_the_reconstruction_of_the_stored_pose():
     assert torch.allclose(sae.loss(batch).x_hat, sae(batch.x), atol=1e-6)
 
 
+def test_a_fit_that_shrinks_all_that_it_cannot_predict_is_no_mistake():
+    unrelated = torch.randn(64, 4, D_IN, generator=torch.Generator().manual_seed(0))
+    unrelated[..., 0] = unrelated[:, :1, 0] * torch.tensor([1.0, 0.0, 0.0, 0.0])  # M has to send it to nothing
+    sae = EquivariantSAE(D_IN, FEATURES, 3)
+    sae_lib.train(sae, [Batch(unrelated[:, 0], orbit=unrelated)] * 2, tokens=128)
+    assert torch.isfinite(sae(unrelated[:, 1])).all()
+
+
+def test_known_matrices_can_be_put_in():
+    world = World()
+    sae = EquivariantSAE(D_IN, FEATURES, 3, matrix="identity")
+    with torch.no_grad():
+        sae.matrices.copy_(world.matrices)
+    sae_lib.train(sae, world.batches(5), tokens=64 * 5)
+    assert torch.equal(sae.matrices, world.matrices)
+
+
 def test_controls_keep_their_matrices_and_the_random_ones_close():
     world = World()
     sae = trained(world, steps=5, matrix="random")
@@ -191,7 +208,7 @@ def test_bad_arguments_and_orbits_are_refused(as_a_user):
         sae_lib.train(sae, [Batch(torch.rand(64, 8), orbit=torch.rand(64, 3, 8))], tokens=64)
     with pytest.raises(ValueError, match="equivariant needs orbit from the stream"):
         sae_lib.train(sae, [torch.rand(64, 8)], tokens=64)
-    sae = trained(steps=1)
+    sae = EquivariantSAE(D_IN, FEATURES, 3, matrix="identity")
     with torch.no_grad():
         sae.matrices[0, 3] = 0
     with pytest.raises(ValueError, match="a matrix must have an inverse"):
