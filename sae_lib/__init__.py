@@ -1,6 +1,6 @@
 """Sparse autoencoders, put to the test: all variants, one contract, honest metrics."""
 
-from sae_lib import metrics
+from sae_lib import loggers, metrics
 from sae_lib.activations import Activations
 from sae_lib.cached import CachedActivations
 from sae_lib.data import Batch, PlantedDictionary, load_texts

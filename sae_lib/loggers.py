@@ -29,7 +29,7 @@ SHARED = ("tokens", TIMED)
 
 
 class CSV:
-    """The history as ``history.csv``: a row a step and SAE, with the columns of `sae_lib.train.Run`.
+    """The history as ``history.csv``: a row a step and SAE, with the columns of `sae_lib.Run`.
 
     Args:
         folder: made if it is not there.
@@ -126,7 +126,7 @@ class TensorBoard(Steps):
 
 
 class WeightsAndBiases(Steps):
-    """A run of Weights & Biases, with its files in ``folder/wandb``; it ends with the process, or by `run.finish()`.
+    """A run of Weights & Biases, with its files in ``folder/wandb``; it ends with the process, or by ``run.finish()``.
 
     Where the environment says ``WANDB_MODE=offline`` nothing is sent: ``wandb sync`` does that later. A training that
     goes on continues the same run.

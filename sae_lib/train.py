@@ -95,7 +95,8 @@ def train(
         stream: anything that yields `Batch` or floating tensors of shape (batch, d_in).
         tokens: rows to train on, at least 1; the last batch may be cut.
         seed: order of the data: becomes the stream's `seed`, where it has one; None leaves the stream's own.
-        watch: called with the history every few steps, e.g. `figures.LossCurve()` in a notebook.
+        watch: called with the history every few steps, e.g. ``figures.LossCurve()`` in a notebook, or what
+            `sae_lib.loggers` has for a file or a service.
         checkpoint: folder of this run's checkpoints, new or its own; None writes none. The stream must be one that can
             go on where it stood, like `Activations`.
         checkpoint_every: tokens between two checkpoints, at least 1; None for a tenth of the run, at most 10 million.
