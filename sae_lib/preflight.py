@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,7 +277,7 @@ def this_device() -> tuple[Device, str]:
     return sheet, f"what a product reaches on this {gpu or f'CPU with {os.cpu_count()} cores'}"
 
 
-def seconds(run) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """The quickest of some runs, on whatever device."""
     times = []
     for _ in range(5):

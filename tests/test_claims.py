@@ -4,10 +4,11 @@ import math
 import re
 
 import pytest
+import yaml
 from made_claims import PAPERS, VALUE, described, in_range, one, pairs, row
 
 from sae_lib import experiments, results
-from sae_lib.claims import PREDICTIONS, WORDS, checked, judge, p_value, read_claims, verdicts
+from sae_lib.claims import KNOWN, PREDICTIONS, WORDS, checked, judge, p_value, read_claims, verdicts
 from sae_lib.results import ResultsError
 
 NUMBERS = {
@@ -261,6 +262,20 @@ def test_claims_are_well_formed_and_every_claim_of_every_paper_is_there():
     }
     assert {paper: sorted(found) for paper, found in numbers.items()} == {p: sorted(n) for p, n in NUMBERS.items()}
     assert len({claim.statement for claim in claims}) == len(claims)
+
+
+def test_what_others_report_says_how_it_is_known_and_at_which_l0():
+    reported = yaml.safe_load((results.ROOT / "book/reported.yml").read_text())["rows"]
+    papers, _ = read_claims()
+    for each in reported:
+        assert each["paper"] in papers and each["where"]
+        assert each["known"] in KNOWN
+        assert (each["l0"] is None) == (each["l0_known"] is None)
+        assert each["l0_known"] in (None, *KNOWN)
+        low, high = each["metrics"].get("absorption", [0, 0])
+        assert 0 <= low <= high <= 1
+    kinds = [(each["sae"], each["run"]) for each in reported]
+    assert len(set(kinds)) == len(kinds)
 
 
 def test_a_claim_names_a_page_of_the_book():
