@@ -92,7 +92,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _file(path: Path) -> list[Record]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts must be in UTF-8, got {path} with {error}; save it anew in UTF-8") from error
     if path.suffix != ".jsonl":
         return [Record(line) for line in lines]
     try:

@@ -75,6 +75,9 @@ def test_a_missing_file_is_refused_with_those_that_are_there(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"texts": 1}')
     with pytest.raises(ValueError, match="must be a JSON object with the key 'text'"):
         load_texts(tmp_path / "bad.jsonl")
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    with pytest.raises(ValueError, match="texts must be in UTF-8, got .*latin.txt"):
+        load_texts(tmp_path / "latin.txt")
 
 
 def test_a_hub_name_streams_the_asked_number_of_texts(monkeypatch):

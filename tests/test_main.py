@@ -91,6 +91,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(train, tmp_path, monkeypa
             "--variant topk --d-sae 20 --k 3 --kk 3",
             "topk takes d_sae, k, aux_coeff, embedding_coeff, seed as name=value, got 'kk=3'",
         ),
+        ("--sae 'topk", "quotation marks must be closed, got 'topk"),
         ("--variant topk --d-sae --k 3", "options of a variant must be --name value, got --d-sae --k 3"),
         ("--variant topk --d-sae 20 --k", "options of a variant must be --name value"),
         ("--variant topk --d-sae 20 --k 30", r"k must be an integer in \[1, d_sae=20\], got 30"),

@@ -13,7 +13,9 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="smoke, pocket or paper.")],
     seeds: Annotated[int | None, typer.Option(min=1, help="The first so many; by default, as described.")] = None,
     jobs: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts, for N machines.")] = "1/1",
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; what is not the book's needs one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the results; what is not the book's needs one.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Another model: a folder, or a name on the Hub.")] = None,
     site: Annotated[str | None, typer.Option(help="Another site in the model.")] = None,
     texts: Annotated[str | None, typer.Option(help="Other texts: a .txt or .jsonl file, or a data set.")] = None,

@@ -107,7 +107,10 @@ def options(words: list[str]) -> list[str]:
 
 def described(text: str) -> tuple[type[SAE], dict[str, Any]]:
     """The class and the arguments that ``"topk d_sae=1024 k=16"`` means, checked against what the class takes."""
-    variant, *pairs = shlex.split(text) or [""]
+    try:
+        variant, *pairs = shlex.split(text) or [""]
+    except ValueError:
+        raise ValueError(f"quotation marks must be closed, got {text}") from None
     if variant not in VARIANTS:
         near = ", ".join(difflib.get_close_matches(variant, VARIANTS)) or ", ".join(VARIANTS)
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}; nearest: {near}")

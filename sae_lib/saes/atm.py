@@ -96,8 +96,8 @@ class ATMSAE(SAE):
             raise ValueError(f"deviations must be a finite number, got {deviations!r}")
         self.deviations = float(deviations)
         self.rate = positive("rate", rate, or_zero=True)
-        if len(weights) != 3:
-            raise ValueError(f"weights must be of magnitude, frequency and contribution, got {len(weights)} of them")
+        if not isinstance(weights, Sequence) or len(weights) != 3:
+            raise ValueError(f"weights must be of magnitude, frequency and contribution, got {weights!r}")
         self.weights = tuple(positive("a weight", weight, or_zero=True) for weight in weights)
         if not any(self.weights):
             raise ValueError(f"weights must not all be 0, got {self.weights}; for no mask, say rate=0")

@@ -55,9 +55,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         seed: int = 0,
     ):
         super().__init__(d_in, d_sae, k, aux_coeff, seed)
-        self.group_sizes = (
-            default_groups(d_sae) if group_sizes is None else tuple(whole("a group size", g) for g in group_sizes)
-        )
+        sizes = default_groups(d_sae) if group_sizes is None else group_sizes
+        if not isinstance(sizes, Sequence):
+            raise ValueError(f"group_sizes must be one number for each group, got {sizes!r}; [{sizes!r}] is one group")
+        self.group_sizes = tuple(whole("a group size", size) for size in sizes)
         if sum(self.group_sizes) != d_sae:
             raise ValueError(
                 f"group_sizes must add up to d_sae={d_sae}, got {self.group_sizes} with sum {sum(self.group_sizes)}"

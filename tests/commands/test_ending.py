@@ -83,6 +83,13 @@ def test_a_mistake_is_one_line_and_status_1(as_a_user, monkeypatch, tmp_path, wo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sae"]
 
 
+def test_reproduce_trains_nothing_for_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("my own")
+    assert "Invalid value for '--out'" in run(
+        "reproduce", "comparison", "--scale", "smoke", "--out", tmp_path / "file", code=2
+    )
+
+
 def test_pocket_says_that_its_folder_is_a_file(as_a_user, monkeypatch, tmp_path):
     monkeypatch.setattr("sae_lib.pocket.build.restart_with_fast_memory", lambda: None)
     (tmp_path / "file").write_text("my own")

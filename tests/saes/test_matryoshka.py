@@ -59,7 +59,7 @@ def test_default_groups_add_up(d_sae, groups):
     assert sum(groups) == d_sae
 
 
-@pytest.mark.parametrize("group_sizes", [[1, 1], [4], [], [0, 3], [1.5, 1.5]])
+@pytest.mark.parametrize("group_sizes", [[1, 1], [4], [], [0, 3], [1.5, 1.5], 3])
 def test_groups_must_be_positive_and_add_up(group_sizes, as_a_user):
     with pytest.raises(ValueError, match="group"):
         MatryoshkaSAE(3, 3, 1, group_sizes=group_sizes)
