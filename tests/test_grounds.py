@@ -6,6 +6,7 @@ from tiny_models import WORDS, tiny_gpt2
 
 from sae_lib import TopKSAE, grounds, orbit_worlds, train
 from sae_lib.grounds import AutoencoderGround, ImageGround, LanguageGround, PlantedGround, PlantedOrbitGround, ground
+from sae_lib.records import Record
 
 
 @pytest.fixture
