@@ -63,7 +63,10 @@ class EquivariantSAE(SAE):
         k: living latents an activation, in [1, d_sae].
         group_order: of the turn, at least 2.
         reflections: whether the mirror belongs to the group.
-        mode: ``invariant``, an encoder meant to be blind to the pose; or ``search``, which tries all poses.
+        mode: ``invariant``, an encoder meant to be blind to the pose; or ``search``, which tries all poses. The latter
+            is the default because it gives nothing up: it reconstructs as TopK does, also where no matrix fits, and
+            single latents detect more of what is planted. The former serves probes a little better, and reconstructs
+            worse (chapter `equivariant`), as others say of the paper's.
         matrix: ``learned`` by L_M from a least-squares fit of the first batch; ``fitted``, by least squares over the
             first 200 d_in activations; ``frozen``, the fit of the first batch; or a control: ``random``, orthogonal
             matrices of the same group in a random basis, and ``identity``. Matrices that are known can be copied into
