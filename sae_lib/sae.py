@@ -263,6 +263,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         new.chmod(0o755)
         yield new
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old)

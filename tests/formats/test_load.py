@@ -22,6 +22,12 @@ def test_the_format_is_told_by_its_files(format, by, tmp_path):
     assert torch.equal(sae.encode(X), same.encode(X))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_written_can_be_read_by_others(format, tmp_path):
+    path = save_as(made("jumprelu" if format != "sparsify" else "topk"), tmp_path / "sae", format)
+    assert {oct(part.stat().st_mode & 0o777) for part in path.iterdir()} == {"0o644"}
+
+
 def test_no_two_formats_have_the_same_files():
     sets = [set(part.FILES) for part in FORMATS.values()]
     assert not any(a <= b for a in sets for b in sets if a is not b)
