@@ -305,9 +305,9 @@ def make_autoencoders(out: Path = SHIPPED_IN, seed: int = 0, steps: int = 1500, 
         n: shapes to train on; a tenth as many are held out.
 
     Returns:
-        of each that was made: dials, seed and sizes; ``explained_variance`` of the held-out images in all poses;
-        ``map_r2`` of the matrix of a quarter turn, fitted to codes of training images, on those of held-out ones;
-        ``cpu_seconds`` of the training, over all threads; commit, versions, ``bytes`` and ``sha256`` of the file.
+        what is known of each that was made, its dials, seed and sizes; ``explained_variance`` of the held-out images
+        in all poses; ``map_r2`` of the matrix of a quarter turn, fitted to codes of training images, on those of
+        held-out ones; ``cpu_seconds`` of the training, over all threads; commit, versions, ``bytes`` and ``sha256``.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = out / "provenance.json"

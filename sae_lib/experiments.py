@@ -6,8 +6,7 @@
       version: raised when its meaning changes
       ground: name of a ground
       settings: the grid, a list of {name: value}; `target` is the L0 that is asked for
-      saes: {label: {variant, its arguments; control, if it is one; tokens, if it trains longer than the others;
-             reading, ``stacked`` for the group crosscoder}}
+      saes: {label: {variant, its arguments; control or reading (stacked), if it has one; tokens, if it trains longer}}
       measures: names of `sae_lib.measures`
       repeats: how often each is repeated with another seed of its own
       scales: {<scale>: {tokens, seeds, and whatever above is other at this scale}}

@@ -183,7 +183,7 @@ class Unit(NamedTuple):
 
     @property
     def disk(self) -> tuple[int, int]:
-        """Bytes of checkpoints: three of the first round; and, at most, two more of each further one."""
+        """What checkpoints take, in bytes, three of the first round and, at most, two more of each further one."""
         buffer = self.plans[0][0].memory["buffer of activations"]
         one = [plan.disk["three checkpoints"] // 3 - buffer for plan, *_ in self.plans]
         rounds = [most - 1 for _, _, most, _ in self.plans]
