@@ -10,6 +10,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from sae_lib.grounds import ground
 from sae_lib.measures import MEASURES
 from sae_lib.metrics import FirstLetter
 
+ROOT = Path(__file__).parent.parent
 GEMMA, GPT2, SITE = "google/gemma-2-2b", "gpt2", "blocks.1.hook_resid_post"
 TOKENS = 6000
 FIXED = {"JumpReLU": {"variant": "jumprelu", "target_l0": "target"}, "GBA": {"variant": "gba", "htf": 0.15}}
@@ -289,7 +292,7 @@ def test_a_seed_is_one_order_of_the_streamed_texts_and_a_stream_goes_on_where_it
 
 
 def test_the_chapter_shows_the_rows_of_a_run(ran, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent / "book")
+    monkeypatch.chdir(ROOT / "book")
     mpl.use("agg")
     cells = [cell.source for cell in nbformat.read("gemma.ipynb", as_version=4).cells if cell.cell_type == "code"]
     page = {}
@@ -304,3 +307,21 @@ def test_the_chapter_shows_the_rows_of_a_run(ran, monkeypatch):
     assert gains["ATM"].tolist() == [pytest.approx(ours)]
     assert set(gains) == {label for _, label in ran.rows} - {"TopK"}
     assert os.environ["SAE_LIB_SCALE"] == "smoke"
+
+
+def test_the_page_is_rendered_from_the_rows_of_a_run_in_a_folder_of_its_own(ran, tmp_path):
+    for name in ("book", "sae_lib"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ran.folder / "experiments.yml", tmp_path / "book")
+    shutil.copy(ran.folder / "results/gemma.paper.json", tmp_path / "book/results")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "SAE_LIB_SCALE": "smoke"}
+    build = [sys.executable, "book/build.py", "--only", "gemma"]
+    done = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "_build/html/book/gemma.html").read_text(encoding="utf-8")
+    assert f"{ran.rows['short', 'TopK']['fvu']:.4f}" in page
+    assert "<strong>Nothing yet.</strong>" not in page
+    assert f"{len(ran.rows)} rows of Gemma-2-2b are there" in page
+    assert not (ROOT / "book/results/gemma.paper.json").exists()
