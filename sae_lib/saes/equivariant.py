@@ -147,24 +147,20 @@ class EquivariantSAE(SAE):
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """The reconstruction of `x` in the pose that fits it best, in the units of `x`."""
-        x = self.checked(x)
-        if self.mode == "search":
-            back, pose = self.turned_back(x)
-            r = self.decode(self.select(super().scores(back), Batch(back)))
-        else:
-            r = self.decode(self.select(self.scores(x), Batch(x)))
-            pose = self.nearest(x, r.expand(self.group.size, -1, -1))
+        r, pose = self.read(self.checked(x))
         return turn(self.representation(), pose, r)
 
     @torch.no_grad()
     def pose(self, x: Float[Tensor, "batch d_in"]) -> Int[Tensor, " batch"]:
         """The number of the element that leads from the canonical pose to that of `x`, as far as it can be told: by
         the least squared error of the reconstruction."""
-        x = self.checked(x)
-        if self.mode == "search":
-            return self.turned_back(x)[1]
-        r = self.decode(self.select(self.scores(x), Batch(x)))
-        return self.nearest(x, r.expand(self.group.size, -1, -1))
+        return self.read(self.checked(x))[1]
+
+    def read(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Int[Tensor, " batch"]]:
+        """The reconstruction in the canonical pose, and the pose of x: found before encoding, or after it."""
+        back, pose = self.turned_back(x) if self.mode == "search" else (x, None)
+        r = self.decode(self.select(super().scores(back), Batch(back)))
+        return r, self.nearest(x, r.expand(self.group.size, -1, -1)) if pose is None else pose
 
     @torch.no_grad()
     def turned_back(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Int[Tensor, " batch"]]:
@@ -213,10 +209,9 @@ class EquivariantSAE(SAE):
 
     def invariant(self, orbits: Float[Tensor, "batch group d_in"]) -> tuple[dict, Code, Tensor, Scores, Tensor]:
         """L_inv and L_eq."""
-        canonical, rho = orbits[:, :1], self.representation().detach()
         if self.random_pose:
             orbits = self.from_another_pose(orbits)
-            canonical = orbits[:, :1]
+        canonical, rho = orbits[:, :1], self.representation().detach()
         scores = super().scores(rows(orbits))
         code = self.select(scores, Batch(rows(orbits)))
         r = self.decode(code).view_as(orbits)
